@@ -1,0 +1,1 @@
+"""Where a model comes from: names, hubs and caches in, files on local disk out."""

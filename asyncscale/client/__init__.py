@@ -1,0 +1,1 @@
+"""The client: engines supervised, requests routed, tokens streamed."""

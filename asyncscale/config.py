@@ -1,0 +1,96 @@
+"""What an engine is told at start: which model, and how to run it. Frozen; derived values are properties."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated", forbid_unknown_fields=True):
+    """A `model=` that sleeps a modelled step time instead of computing; needs no weights and no torch.
+
+    ::
+
+        client = AsyncScaleClient(SimulatedModel(base_ms=8, decode_us=35, prefill_us=10))
+
+    A step takes `base_ms` milliseconds, plus `decode_us` microseconds for each request that decodes in it,
+    plus `prefill_us` microseconds for each prompt token computed in it. Token ids are a fixed function of prompt,
+    seed (when sampling) and position. About one token in `mean_output_tokens` is the end-of-sequence token.
+    """
+
+    base_ms: float = 1.0
+    decode_us: float = 10.0
+    prefill_us: float = 2.0
+    vocab_size: int = 32_000
+    max_model_len: int = 8192
+    num_kv_blocks: int = 65_536
+    mean_output_tokens: int = 64
+    load_s: float = 0.0
+
+
+class CheckpointFiles(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
+    """A model on local disk. `path` is a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file."""
+
+    name: str
+    format: Literal["safetensors", "gguf"]
+    path: str
+
+
+ModelSource = CheckpointFiles | SimulatedModel
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How each engine runs its model. The names are vLLM's where the meaning is the same.
+
+    dtype: of weights and KV cache; "auto" is bfloat16 where the CPU multiplies it natively, else float32.
+    max_model_len: longest prompt + output in tokens; None takes the model's own.
+    max_num_seqs: most requests that run (hold KV blocks) at once on one engine.
+    max_num_batched_tokens: most tokens computed in one step; a longer prompt is computed in chunks.
+    block_size: tokens per KV-cache block.
+    kv_cache_memory_fraction: share of the free memory at start that the KV caches of all engines together may use
+        (committed as it is touched); kv_cache_memory_bytes: per engine, instead of that; num_kv_blocks: exact, instead of both.
+    enable_prefix_caching: reuse the KV blocks of a prompt's beginning that an earlier request computed.
+    threads_per_engine: compute threads of each engine; None divides the usable cores over the engines.
+    """
+
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_memory_fraction: float = 0.4
+    kv_cache_memory_bytes: int | None = None
+    num_kv_blocks: int | None = None
+    enable_prefix_caching: bool = True
+    threads_per_engine: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_kv_blocks", "threads_per_engine"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if not 0 < self.kv_cache_memory_fraction <= 1:
+            raise ValueError(f"kv_cache_memory_fraction must be in (0, 1], got {self.kv_cache_memory_fraction}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request decodes one token per step"
+            )
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one engine process needs to know. `incarnation` counts its restarts: each has an address of its own."""
+
+    engine_id: int
+    incarnation: int
+    num_engines: int
+    address: str
+    stderr_path: str
+    model: ModelSource
+    config: EngineConfig

@@ -1,0 +1,66 @@
+"""The running sequences of one engine as rows of arrays, shared by scheduler and runner (same process, same thread).
+
+What is the same for every running request in a step is done once for all rows, with numpy, instead of per request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncscale.messages import TokenLogprobs
+
+Int32 = npt.NDArray[np.int32]
+
+
+class SequenceTable:
+    """State of up to `max_num_seqs` running sequences. The scheduler owns and writes it; runners read it.
+
+    token_ids:           int32[max_num_seqs, max_model_len]  prompt, then generated tokens
+    num_tokens:          int32[max_num_seqs]  how many of token_ids are known
+    num_prompt_tokens:   int32[max_num_seqs]  how many of them are the prompt
+    num_computed_tokens: int32[max_num_seqs]  how many have their keys and values in the cache
+    block_table:         int32[max_num_seqs, ceil(max_model_len / block_size)]  cache block of each block_size positions
+    num_blocks:          int32[max_num_seqs]  how many entries of block_table are in use
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        max_blocks = -(-max_model_len // block_size)
+        self.block_size = block_size
+        # np.zeros of this size is not committed by the OS until a row is written.
+        self.token_ids: Int32 = np.zeros((max_num_seqs, max_model_len), np.int32)
+        self.num_tokens: Int32 = np.zeros(max_num_seqs, np.int32)
+        self.num_prompt_tokens: Int32 = np.zeros(max_num_seqs, np.int32)
+        self.num_computed_tokens: Int32 = np.zeros(max_num_seqs, np.int32)
+        self.block_table: Int32 = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.num_blocks: Int32 = np.zeros(max_num_seqs, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work. Row rows[i] computes num_new_tokens[i] tokens, from its num_computed_tokens on.
+
+    The table is as of before the step: blocks for the new positions are allocated, num_computed_tokens not yet advanced.
+    Position p of row r lives in cache block block_table[r, p // block_size], slot p % block_size.
+    """
+
+    table: SequenceTable
+    rows: Int32
+    num_new_tokens: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a runner made of a batch. `rows` are those whose known tokens are all computed now; each got one next token.
+
+    logprobs: row -> of its new token, for rows that asked. prompt_logprobs: row -> of prompt positions computed in this step
+    (position 1 on; the value at p belongs to the token at p), for rows that asked. errors: row -> why that row alone failed.
+    """
+
+    rows: Int32
+    token_ids: Int32
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)

@@ -1,0 +1,29 @@
+"""What an engine needs from a model: from a batch of sequences to their next tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from asyncscale.engine.batch import Batch, StepResult
+from asyncscale.engine.request import Request
+
+
+class Runner(Protocol):
+    """Computes batches. Two implementations: the torch model and the simulation. Called from one thread.
+
+    vocab_size, max_model_len, num_blocks (KV-cache blocks that it has room for) and dtype are known once it is made.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    dtype: str
+
+    def add(self, row: int, request: Request) -> None:
+        """`request` occupies `row` from now on (also when it comes back after a preemption)."""
+
+    def remove(self, row: int) -> None:
+        """The request in `row` finished, was aborted or was preempted."""
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute the batch's tokens, write their keys and values to the cache, sample where a sequence is complete."""

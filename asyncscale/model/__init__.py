@@ -1,0 +1,1 @@
+"""Models: the runners that turn a batch into tokens."""

@@ -1,0 +1,191 @@
+"""How tokens are chosen: what the caller asks for, and the same resolved to what an engine needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from asyncscale.errors import InvalidRequestError
+
+GREEDY_EPSILON = 1e-5  # a lower temperature is greedy, as in vLLM
+
+# What a field means when neither the caller nor the model's generation_config.json sets it (vLLM's defaults).
+_DEFAULTS: dict[str, float | int] = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Field names and meanings are vLLM's. `None` takes the model's own default, else vLLM's.
+
+    ::
+
+        client.generate(prompt, SamplingParams(temperature=0.8, top_p=0.95, max_tokens=64))
+        client.generate(prompt, temperature=0.8, top_p=0.95, max_tokens=64)      # the same
+
+    n: how many completions of the prompt (`Token.choice`, `Completion.choices`).
+    temperature: 0 is greedy. top_k: 0 or -1 is off. min_p: relative to the most likely token's probability.
+    presence_penalty, frequency_penalty: in [-2, 2], over generated tokens; repetition_penalty: over prompt and generated tokens.
+    seed: makes sampling repeatable: same seed, same tokens, alone or in a crowd, on any engine.
+    stop: strings that end the text (left out of it unless include_stop_str_in_output). stop_token_ids: tokens that do.
+    bad_words: strings never generated. logit_bias: token id -> added to its logit.
+    min_tokens: no end before so many tokens. max_tokens: None is the rest of the context.
+    logprobs: log-probabilities of the chosen token and of so many most likely ones; prompt_logprobs: likewise for the prompt.
+    """
+
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    logit_bias: Mapping[int, float] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    @classmethod
+    def of(cls, params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+        """`params` with the keyword arguments of a call laid over it, checked. Raises InvalidRequestError."""
+        if params is not None and not isinstance(params, cls):
+            raise InvalidRequestError(f"params must be a SamplingParams or None, got {type(params).__name__}")
+        unknown = overrides.keys() - set(cls.__struct_fields__)
+        if unknown:
+            raise InvalidRequestError(
+                f"unknown sampling parameter {', '.join(sorted(map(repr, unknown)))}; known are {', '.join(cls.__struct_fields__)}"
+            )
+        merged = msgspec.structs.replace(params or cls(), **overrides)
+        merged.validate()
+        return merged
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def validate(self) -> None:
+        """Raises InvalidRequestError, naming the field, when a value has a wrong type or is out of range."""
+        # fmt: off
+        _integer("n", self.n, 1, 1024)
+        _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0)
+        _integer("top_k", self.top_k, -1)
+        _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        _integer("logprobs", self.logprobs, 0, 1000)
+        _integer("prompt_logprobs", self.prompt_logprobs, 0, 1000)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        # fmt: on
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
+        _strings("bad_words", self.bad_words)
+        if self.stop_token_ids is not None:
+            for token_id in _items("stop_token_ids", self.stop_token_ids):
+                _integer("stop_token_ids", token_id, 0)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+            for token_id, bias in self.logit_bias.items():
+                _integer("a key of logit_bias", token_id, 0)
+                _number("a value of logit_bias", bias, -math.inf, math.inf)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens ({self.min_tokens}) must not be greater than max_tokens ({self.max_tokens})"
+            )
+
+    def default(self, name: str, model_defaults: Mapping[str, Any]) -> Any:
+        """The value of field `name`: the caller's, else the model's, else vLLM's."""
+        value = getattr(self, name)
+        if value is None:
+            value = model_defaults.get(name)
+        return _DEFAULTS[name] if value is None else value
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """Sampling parameters resolved to concrete values: what goes to an engine, per choice.
+
+    top_k: 0 is off. stop_token_ids: every token that ends the request, end-of-sequence included unless ignored.
+    seed: uint64; of the request's choice c, token at absolute position p (prompt length + tokens generated before it) is drawn
+    with (seed + c, p) and with nothing else. max_tokens: concrete.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_EPSILON
+
+
+def _integer(name: str, value: object, low: int, high: float = math.inf) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequestError(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} must be {_range(low, high)}, got {value}")
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InvalidRequestError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        raise InvalidRequestError(f"{name} must be a finite number {_range(low, high, open_low)}, got {value}")
+
+
+def _range(low: float, high: float, open_low: bool = False) -> str:
+    if low == -math.inf and high == math.inf:
+        return "of any size"
+    if high == math.inf:
+        return f"greater than {low}" if open_low else f"at least {low}"
+    return f"in {'(' if open_low else '['}{low}, {high}]"
+
+
+def _items(name: str, values: object) -> Sequence[object]:
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise InvalidRequestError(f"{name} must be a list, got {values!r}")
+    return values
+
+
+def _strings(name: str, values: object) -> None:
+    for value in () if values is None else _items(name, values):
+        if not isinstance(value, str):
+            raise InvalidRequestError(f"{name} must hold strings, got {value!r}")
+        if not value:
+            raise InvalidRequestError(f"{name} must not hold an empty string")
+
+
+_OPTIONAL = frozenset(name for name in SamplingParams.__struct_fields__ if getattr(SamplingParams(), name) is None)
