@@ -1,0 +1,114 @@
+"""Cheap checks of a model's files before any engine starts: is all there, and is it whole? Reads headers only."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from asyncscale.checkpoint.gguf_file import GGUFFile
+from asyncscale.errors import ModelLoadError
+
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def check_gguf(path: Path) -> None:
+    """Raises ModelLoadError unless `path` is a whole GGUF file of a language model, with its tokenizer."""
+    metadata = GGUFFile(path).metadata
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise ModelLoadError(f"{path} is no model: its metadata has no general.architecture")
+    if metadata.get("split.count", 1) != 1:
+        raise ModelLoadError(
+            f"{path} is one part of a model split over {metadata['split.count']} files; "
+            "join them with `llama-gguf-split --merge` first"
+        )
+    for key in ("tokenizer.ggml.model", "tokenizer.ggml.tokens"):
+        if not metadata.get(key):
+            raise ModelLoadError(f"{path} has no tokenizer: its metadata has no {key}")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ModelLoadError unless `folder` holds config.json, tokenizer.json and whole *.safetensors weights."""
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{folder} is no model folder: it has no config.json{_gguf_hint(folder)}")
+    read_json_object(folder / "config.json")
+    for shard in weight_files(folder):
+        _check_safetensors(shard)
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelLoadError(f"the tokenizer of {folder} is missing: it has no tokenizer.json")
+    read_json_object(folder / "tokenizer.json")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The *.safetensors files of a model folder: those that its index names, or all where it has no index.
+
+    Raises ModelLoadError when there are none, or when one that the index names is missing.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        if files := sorted(folder.glob("*.safetensors")):
+            return files
+        raise ModelLoadError(
+            f"{folder} has no weights: no *.safetensors file{_pickle_hint(folder)}{_gguf_hint(folder)}"
+        )
+    weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{folder / INDEX_NAME} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise ModelLoadError(f"{folder / INDEX_NAME} names a file outside its folder: {name!r}")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelLoadError(
+            f"{folder} is incomplete: of {len(names)} weight files in {INDEX_NAME}, {', '.join(missing)} missing"
+        )
+    return [folder / name for name in names]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ModelLoadError when it cannot be read or is something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelLoadError(f"cannot read {path} as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _check_safetensors(path: Path) -> None:
+    """The format: 8 bytes of header length, the header (JSON), the data. https://github.com/huggingface/safetensors#format"""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ModelLoadError(f"{path} is no safetensors file, or truncated: {size} bytes, header {header_bytes}")
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        data_bytes = max(ends, default=0)
+        expected = 8 + header_bytes + data_bytes
+    except (ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
+        raise ModelLoadError(f"{path} is no safetensors file: its header is damaged ({error!r})") from error
+    if size != expected:
+        reason = "truncated" if size < expected else "damaged"
+        raise ModelLoadError(f"{path} is {reason}: it has {size} bytes, its header describes {expected}")
+
+
+def _pickle_hint(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    if not pickles:
+        return ""
+    return (
+        f". {', '.join(pickles[:3])} would have to be unpickled, which can run any code, so it is not read: "
+        "convert the weights to safetensors"
+    )
+
+
+def _gguf_hint(folder: Path) -> str:
+    files = sorted(str(path) for path in folder.glob("*.gguf"))
+    return f". It has GGUF files; pass one of them: {', '.join(files)}" if files else ""
