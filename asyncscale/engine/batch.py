@@ -42,7 +42,8 @@ class SequenceTable:
 class Batch:
     """One step's work. Row rows[i] computes num_new_tokens[i] tokens, from its num_computed_tokens on.
 
-    The table is as of before the step: blocks for the new positions are allocated, num_computed_tokens not yet advanced.
+    The table is as of before the step: blocks for the new positions are allocated, num_computed_tokens is not yet
+    advanced. Rows that decode come first.
     Position p of row r lives in cache block block_table[r, p // block_size], slot p % block_size.
     """
 
@@ -55,8 +56,9 @@ class Batch:
 class StepResult:
     """What a runner made of a batch. `rows` are those whose known tokens are all computed now; each got one next token.
 
-    logprobs: row -> of its new token, for rows that asked. prompt_logprobs: row -> of prompt positions computed in this step
-    (position 1 on; the value at p belongs to the token at p), for rows that asked. errors: row -> why that row alone failed.
+    logprobs: row -> of its new token, for rows that asked. prompt_logprobs: row -> of the next prompt positions, for
+    rows that asked; from position 1 on since `add`, without gaps (the value at p belongs to the token at p, and comes
+    from the logits at p - 1). errors: row -> why that row alone failed; it may be left out of `rows`.
     """
 
     rows: Int32

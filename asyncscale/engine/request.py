@@ -16,6 +16,8 @@ class Request:
 
     token_ids: int32, prompt and then tokens generated before it was (re)queued; while it runs, its row of the
     SequenceTable is the truth. row: -1 while it waits.
+    order: counts arrivals at this engine. block_digests: of its full KV-cache blocks, from the first on, as far as they
+    were needed yet. num_prompt_logprobs: how many prompt positions' log-probabilities its client has.
     """
 
     client: bytes
@@ -25,13 +27,21 @@ class Request:
     sampling: Sampling
     priority: int = 0
     arrival: float = 0.0
+    order: int = 0
     row: int = -1
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     scheduled_at: float | None = None
     first_token_at: float | None = None
     siblings: list[Request] = field(default_factory=list)  # further choices, queued when this one's prompt is computed
+    block_digests: list[bytes] = field(default_factory=list)
+    num_prompt_logprobs: int = 0
 
     @property
     def key(self) -> tuple[bytes, int]:
         return self.client, self.request_id
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes first, and is preempted last."""
+        return self.priority, self.order

@@ -1,0 +1,226 @@
+"""The engine without its socket: requests in, one step at a time, outputs per client out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from asyncscale.config import EngineConfig
+from asyncscale.engine.admission import choice_ids, find_defect, make_choices
+from asyncscale.engine.batch import Batch, StepResult
+from asyncscale.engine.outbox import Outbox
+from asyncscale.engine.request import Request
+from asyncscale.engine.runner import Runner
+from asyncscale.engine.scheduler import Scheduler
+from asyncscale.engine.stop_conditions import StopConditions
+from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs
+
+
+class EngineCore:
+    """Batches the requests of any number of clients through one runner. Does no I/O; used from one thread.
+
+    ::
+
+        core = EngineCore(runner, config)
+        core.add(client, messages.Add(...))
+        while core.has_work:
+            for client, outputs in core.step().items():
+                ...
+
+    A request that is wrong ends with a Finished(reason="error") in its client's next outputs. What `runner.execute`
+    raises passes through `step`: the engine is then broken.
+
+    methods: what clients may call by name. load_version: changes whenever running, waiting or `by_client` change.
+    clock: seconds, monotonic.
+    """
+
+    def __init__(self, runner: Runner, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._runner = runner
+        self._clock = clock
+        self._outbox = Outbox(config.max_num_seqs)
+        self._scheduler = Scheduler(config, num_blocks=runner.num_blocks, max_model_len=runner.max_model_len)
+        self._stops = StopConditions(self._scheduler.table, runner.vocab_size)
+        self._scheduler.listeners = (runner, self._stops, self._outbox)
+        self._clients: dict[bytes, dict[int, Request]] = {}  # requests alive, by client and id
+        self._num_arrived = 0
+        self._step = 0
+        self.load_version = 0
+        self.methods: dict[str, Callable[[], object]] = {
+            "reset_prefix_cache": self._scheduler.pool.reset_cache,
+            "kv_cache_stats": self.kv_cache_stats,
+        }
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to compute or to hand out."""
+        return bool(self._clients) or len(self._outbox) > 0
+
+    def add(self, client: bytes, message: Add) -> None:
+        """Take a request in. What is wrong with it is said in the client's next outputs."""
+        defect = find_defect(message, self._runner.vocab_size, self._runner.max_model_len)
+        defect = defect or self._find_conflict(client, message)
+        if defect is not None:
+            self._refuse(client, message, "error", defect)
+        elif len(message.token_ids) // 4 - message.num_prompt_tokens >= message.sampling.max_tokens:
+            self._refuse(client, message, "length")  # was complete where it comes from
+        else:
+            choices = make_choices(message, client, arrival=self._clock(), first_order=self._num_arrived)
+            self._num_arrived += len(choices)
+            self._clients.setdefault(client, {}).update((request.request_id, request) for request in choices)
+            self._queue_with_siblings(choices)
+            self.load_version += 1
+
+    def abort(self, client: bytes, request_ids: Iterable[int]) -> None:
+        """Forget these requests and say nothing of it: the client knows. Unknown ids are ignored."""
+        for request_id in request_ids:
+            request = self._clients.get(client, {}).get(request_id)
+            if request is not None:
+                self._forget(request)
+
+    def drop_client(self, client: bytes) -> None:
+        """The client is gone: abort all that it sent."""
+        self.abort(client, list(self._clients.get(client, ())))
+        self._outbox.discard(client)
+
+    def step(self) -> dict[bytes, Outputs]:
+        """Compute one batch. Returns one Outputs for each client that got tokens or endings."""
+        num_running = self._scheduler.num_running
+        schedule = self._scheduler.schedule(self._clock())
+        for request, error in schedule.failed:
+            self._finish(request, "error", error=error)
+        if schedule.batch is not None:
+            self._apply(schedule.batch, self._runner.execute(schedule.batch))
+        self._step += 1
+        if self._scheduler.num_running != num_running:
+            self.load_version += 1
+        return self._outbox.flush(self.load)
+
+    def load(self, client: bytes) -> Load:
+        """The counts of this moment; waiting counts all that are alive and hold no row."""
+        running, pool = self._scheduler.num_running, self._scheduler.pool
+        alive = sum(map(len, self._clients.values()))
+        mine = len(self._clients.get(client, ()))
+        return Load(self._step, running, alive - running, mine, pool.num_blocks - pool.num_free, pool.num_blocks)
+
+    def by_client(self) -> dict[bytes, int]:
+        """How many requests each client has here; clients without any are left out."""
+        return {client: len(requests) for client, requests in self._clients.items()}
+
+    def kv_cache_stats(self) -> dict[str, int]:
+        """Blocks by state, and the prefix cache's use in tokens (looked up and found at first admission)."""
+        pool = self._scheduler.pool
+        return {
+            "num_blocks": pool.num_blocks,
+            "free_blocks": pool.num_free,
+            "used_blocks": pool.num_blocks - pool.num_free,
+            "cached_blocks": pool.num_cached,
+            "prefix_queries": self._scheduler.prefix_queries,
+            "prefix_hits": self._scheduler.prefix_hits,
+        }
+
+    def check_integrity(self) -> None:
+        """Audit rows and blocks; raises RuntimeError. For tests."""
+        self._scheduler.check_integrity()
+
+    # --- a step's result
+
+    def _apply(self, batch: Batch, result: StepResult) -> None:
+        scheduler = self._scheduler
+        failed = [(scheduler.request_at(row), error) for row, error in result.errors.items()]
+        if failed:
+            batch, result = _without_errors(batch, result)
+        for row, entries in result.prompt_logprobs.items():
+            self._outbox.put_prompt_logprobs(scheduler.request_at(row), entries)
+        for request in scheduler.advance(batch, result):
+            self._on_prompt_computed(request)
+        self._outbox.put_tokens(result)
+        for stop in self._stops.find(result.rows, result.token_ids):
+            self._finish(scheduler.request_at(stop.row), stop.reason, stop_token_id=stop.stop_token_id)
+        for request, error in failed:
+            self._finish(request, "error", error=error)
+
+    def _on_prompt_computed(self, request: Request) -> None:
+        if request.first_token_at is None:
+            request.first_token_at = self._clock()
+        siblings, request.siblings = request.siblings, []
+        for sibling in filter(self._is_alive, siblings):
+            sibling.block_digests = request.block_digests.copy()
+            self._scheduler.add(sibling)
+
+    # --- arrivals and departures
+
+    def _find_conflict(self, client: bytes, message: Add) -> str | None:
+        alive = self._clients.get(client, {})
+        for request_id in choice_ids(message):
+            if request_id in alive:
+                return f"request id {request_id} is already in use"
+        num_tokens, scheduler = len(message.token_ids) // 4, self._scheduler
+        return None if scheduler.can_ever_fit(num_tokens) else scheduler.no_room_message(num_tokens)
+
+    def _refuse(self, client: bytes, message: Add, reason: FinishReason, error: str | None = None) -> None:
+        for request_id in choice_ids(message):
+            self._outbox.put_finished(client, Finished(request_id, reason, error=error))
+
+    def _is_alive(self, request: Request) -> bool:
+        return self._clients.get(request.client, {}).get(request.request_id) is request
+
+    def _queue_with_siblings(self, choices: list[Request]) -> None:
+        """Queue the first; the others follow when its prompt is computed, to find that in the prefix cache."""
+        first = choices[0]
+        first.siblings = choices[1:]
+        self._scheduler.add(first)
+
+    def _finish(
+        self, request: Request, reason: FinishReason, *, stop_token_id: int | None = None, error: str | None = None
+    ) -> None:
+        self._outbox.put_finished(
+            request.client,
+            Finished(
+                request.request_id,
+                reason,
+                stop_token_id,
+                error,
+                request.num_cached_tokens,
+                request.num_preemptions,
+                queued_s=_seconds(request.arrival, request.scheduled_at),
+                first_token_s=_seconds(request.arrival, request.first_token_at),
+            ),
+        )
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._scheduler.remove(request)
+        alive = self._clients[request.client]
+        del alive[request.request_id]
+        if not alive:
+            del self._clients[request.client]
+            self._outbox.forget(request.client)
+        self.load_version += 1
+        siblings = list(filter(self._is_alive, request.siblings))
+        if siblings:
+            self._queue_with_siblings(siblings)
+
+
+def _without_errors(batch: Batch, result: StepResult) -> tuple[Batch, StepResult]:
+    """Batch and result without the rows that failed: their tokens and their blocks' content are not to be used."""
+    errors = list(result.errors)
+    computed = np.isin(batch.rows, errors, invert=True)
+    sampled = np.isin(result.rows, errors, invert=True)
+    return (
+        replace(batch, rows=batch.rows[computed], num_new_tokens=batch.num_new_tokens[computed]),
+        replace(
+            result,
+            rows=result.rows[sampled],
+            token_ids=result.token_ids[sampled],
+            prompt_logprobs={
+                row: entries for row, entries in result.prompt_logprobs.items() if row not in result.errors
+            },
+        ),
+    )
+
+
+def _seconds(start: float, end: float | None) -> float:
+    return 0.0 if end is None else end - start

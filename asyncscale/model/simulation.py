@@ -1,0 +1,157 @@
+"""A model that sleeps a modelled step time instead of computing; its tokens are a fixed function. Needs no torch."""
+
+from __future__ import annotations
+
+import time
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncscale.config import EngineConfig, SimulatedModel
+from asyncscale.engine.batch import Batch, Int32, StepResult
+from asyncscale.engine.request import Request
+from asyncscale.messages import TokenLogprobs
+
+EOS_TOKEN_ID = 256  # below it, token ids are bytes of text
+_UNLIKELY = -20.0  # log-probability of every token that was not chosen
+
+UInt64 = npt.NDArray[np.uint64]
+
+
+class SimulatedRunner:
+    """A Runner whose tokens depend on prompt, seed (unless greedy) and absolute position, and on nothing else.
+
+    About one token in `mean_output_tokens` is EOS_TOKEN_ID, which ends requests that have it among their
+    stop_token_ids; all others are in [EOS_TOKEN_ID + 1, vocab_size). A stop token that comes before min_tokens is
+    replaced by the next token id that is none. Penalties, biases, bad words and truncation are ignored.
+    """
+
+    def __init__(self, model: SimulatedModel, config: EngineConfig) -> None:
+        if model.vocab_size <= EOS_TOKEN_ID + 1:
+            raise ValueError(f"vocab_size must be greater than {EOS_TOKEN_ID + 1}, got {model.vocab_size}")
+        if model.mean_output_tokens < 1:
+            raise ValueError(f"mean_output_tokens must be at least 1, got {model.mean_output_tokens}")
+        self.vocab_size = model.vocab_size
+        self.max_model_len = config.max_model_len or model.max_model_len
+        self.num_blocks = config.num_kv_blocks or model.num_kv_blocks
+        self.dtype = "simulated"
+        self._model = model
+        self._requests: dict[int, Request] = {}
+        self._keys: UInt64 = np.zeros(config.max_num_seqs, np.uint64)
+        self._min_num_tokens: npt.NDArray[np.int64] = np.zeros(config.max_num_seqs, np.int64)
+        self._logprob_rows: set[int] = set()
+        self._prompt_logprob_rows: set[int] = set()
+        time.sleep(model.load_s)
+
+    def add(self, row: int, request: Request) -> None:
+        sampling = request.sampling
+        self._requests[row] = request
+        self._keys[row] = _key(request)
+        self._min_num_tokens[row] = min(request.num_prompt_tokens + sampling.min_tokens, 2**62)
+        if sampling.logprobs is not None:
+            self._logprob_rows.add(row)
+        if sampling.prompt_logprobs is not None:
+            self._prompt_logprob_rows.add(row)
+
+    def remove(self, row: int) -> None:
+        del self._requests[row]
+        self._logprob_rows.discard(row)
+        self._prompt_logprob_rows.discard(row)
+
+    def execute(self, batch: Batch) -> StepResult:
+        start = time.monotonic()
+        table, rows = batch.table, batch.rows
+        end = table.num_computed_tokens[rows] + batch.num_new_tokens
+        sampled = rows[end == table.num_tokens[rows]]
+        positions = table.num_tokens[sampled]
+        token_ids = self._tokens(self._keys[sampled], positions)
+        errors = self._replace_early_stops(sampled, positions, token_ids)
+        logprobs = {}
+        if self._logprob_rows:
+            for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
+                if row in self._logprob_rows:
+                    logprobs[row] = self._logprobs(token_id, self._requests[row].sampling.logprobs or 0)
+        prompt_logprobs = self._prompt_logprobs(batch) if self._prompt_logprob_rows else {}
+        _sleep_until(start + self._step_seconds(batch))
+        return StepResult(sampled, token_ids, logprobs, prompt_logprobs, errors)
+
+    def _tokens(self, keys: UInt64, positions: Int32) -> Int32:
+        bits = _mix(keys + positions.astype(np.uint64) * _GOLDEN)
+        is_end = bits % np.uint64(self._model.mean_output_tokens) == 0
+        first = EOS_TOKEN_ID + 1
+        others = first + (bits >> np.uint64(20)) % np.uint64(self.vocab_size - first)
+        return np.where(is_end, EOS_TOKEN_ID, others).astype(np.int32)
+
+    def _replace_early_stops(self, rows: Int32, positions: Int32, token_ids: Int32) -> dict[int, str]:
+        """Change stop tokens that come before min_tokens, in place. Returns the rows that have no other token."""
+        errors = {}
+        for index in np.flatnonzero(positions < self._min_num_tokens[rows]).tolist():
+            row, token_id = int(rows[index]), int(token_ids[index])
+            stops = self._requests[row].sampling.stop_token_ids
+            if token_id in stops:
+                allowed = self._next_allowed(token_id, frozenset(stops))
+                if allowed is None:
+                    errors[row] = (
+                        "min_tokens is not reached, and stop_token_ids hold every token of the simulated model"
+                    )
+                else:
+                    token_ids[index] = allowed
+        return errors
+
+    def _next_allowed(self, token_id: int, stops: frozenset[int]) -> int | None:
+        first = EOS_TOKEN_ID + 1
+        num_tokens = self.vocab_size - first
+        candidates = (first + (token_id + offset) % num_tokens for offset in range(num_tokens))
+        return next((candidate for candidate in candidates if candidate not in stops), None)
+
+    def _logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:
+        """The chosen token has all the probability there is; the ids after it follow."""
+        top = [(token_id + offset) % self.vocab_size for offset in range(num_top)]
+        return TokenLogprobs([token_id, *top], [0.0, *([0.0] + [_UNLIKELY] * num_top)[:num_top]], 1)
+
+    def _prompt_logprobs(self, batch: Batch) -> dict[int, list[TokenLogprobs]]:
+        table, entries = batch.table, {}
+        for row, num_new in zip(batch.rows.tolist(), batch.num_new_tokens.tolist(), strict=True):
+            if row in self._prompt_logprob_rows:
+                start = int(table.num_computed_tokens[row]) + 1
+                end = min(start + num_new, int(table.num_prompt_tokens[row]))
+                num_top = self._requests[row].sampling.prompt_logprobs or 0
+                entries[row] = [
+                    self._logprobs(token_id, num_top) for token_id in table.token_ids[row, start:end].tolist()
+                ]
+        return {row: values for row, values in entries.items() if values}
+
+    def _step_seconds(self, batch: Batch) -> float:
+        past_prompt = batch.table.num_computed_tokens[batch.rows] >= batch.table.num_prompt_tokens[batch.rows]
+        num_decodes = int(np.count_nonzero(past_prompt & (batch.num_new_tokens == 1)))
+        num_prefill_tokens = int(batch.num_new_tokens.sum()) - num_decodes
+        model = self._model
+        return (
+            model.base_ms * 1e-3 + model.decode_us * 1e-6 * num_decodes + model.prefill_us * 1e-6 * num_prefill_tokens
+        )
+
+
+def _sleep_until(deadline: float) -> None:
+    """Of time.monotonic; returns at once when it has passed."""
+    remaining = deadline - time.monotonic()
+    if remaining > 0:
+        time.sleep(remaining)
+
+
+def _key(request: Request) -> int:
+    """64 bits from the prompt (not from tokens generated since) and, when sampling, from the seed."""
+    digest = blake2b(request.token_ids[: request.num_prompt_tokens].tobytes(), digest_size=8)
+    if not request.sampling.greedy:
+        digest.update(request.sampling.seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(bits: UInt64) -> UInt64:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014)."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
