@@ -32,7 +32,10 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
 
 
 class CheckpointFiles(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
-    """A model on local disk. `path` is a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file."""
+    """A model on local disk.
+
+    `path` is a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file.
+    """
 
     name: str
     format: Literal["safetensors", "gguf"]
@@ -51,7 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: most tokens computed in one step; a longer prompt is computed in chunks.
     block_size: tokens per KV-cache block.
     kv_cache_memory_fraction: share of the free memory at start that the KV caches of all engines together may use
-        (committed as it is touched); kv_cache_memory_bytes: per engine, instead of that; num_kv_blocks: exact, instead of both.
+        (committed as it is touched); kv_cache_memory_bytes: per engine, instead of that; num_kv_blocks: exact,
+        instead of both.
     enable_prefix_caching: reuse the KV blocks of a prompt's beginning that an earlier request computed.
     threads_per_engine: compute threads of each engine; None divides the usable cores over the engines.
     """

@@ -1,16 +1,16 @@
 """Every error that asyncscale raises on purpose, in one tree::
 
-    AsyncScaleError
-    ├── InvalidRequestError (ValueError)      the call was wrong; nothing was sent
-    ├── ModelLoadError                        the model cannot be found, read or supported
-    ├── OverloadedError                       no room, and the caller asked not to wait
-    ├── RequestTimeoutError (TimeoutError)    the request's own timeout ran out
-    ├── RequestAbortedError                   the request was aborted before it finished
-    ├── ClientStateError (RuntimeError)       used before start, or from another event loop
-    │   └── ClientClosedError                 you closed the client
-    └── EngineError                           an engine failed
-        ├── EngineStartError                  it never became ready
-        └── EngineDeadError                   it was ready, and died
+AsyncScaleError
+├── InvalidRequestError (ValueError)      the call was wrong; nothing was sent
+├── ModelLoadError                        the model cannot be found, read or supported
+├── OverloadedError                       no room, and the caller asked not to wait
+├── RequestTimeoutError (TimeoutError)    the request's own timeout ran out
+├── RequestAbortedError                   the request was aborted before it finished
+├── ClientStateError (RuntimeError)       used before start, or from another event loop
+│   └── ClientClosedError                 you closed the client
+└── EngineError                           an engine failed
+    ├── EngineStartError                  it never became ready
+    └── EngineDeadError                   it was ready, and died
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ class EngineError(AsyncScaleError):
     stderr_tail: the end of what the process wrote to stderr.
     """
 
-    def __init__(
-        self, message: str, *, engine_id: int, exit_code: int | None = None, stderr_tail: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, engine_id: int, exit_code: int | None = None, stderr_tail: str = "") -> None:
         super().__init__(message)
         self.engine_id = engine_id
         self.exit_code = exit_code
@@ -65,7 +63,9 @@ class EngineError(AsyncScaleError):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return f"{text}\n--- end of engine {self.engine_id}'s stderr ---\n{self.stderr_tail}" if self.stderr_tail else text
+        return (
+            f"{text}\n--- end of engine {self.engine_id}'s stderr ---\n{self.stderr_tail}" if self.stderr_tail else text
+        )
 
 
 class EngineStartError(EngineError):

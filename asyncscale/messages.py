@@ -1,8 +1,9 @@
-"""The protocol between clients and engines, on one page: msgpack of tagged structs, one union per direction.
+"""The protocol, all of it: msgpack of tagged structs, one union per direction.
 
-A client's DEALER sends `ToEngine` to each engine's ROUTER; the engine answers with `FromEngine`. Each request is known by
-(client, request_id); ids are chosen by the client and never used twice. The n choices of a request have consecutive ids.
-Messages for unknown ids are legal (an abort may cross the last token) and ignored. Nothing here does I/O.
+A client's DEALER sends `ToEngine` to each engine's ROUTER; the engine answers with `FromEngine`. Each request is
+known by (client, request_id); ids are chosen by the client and never used twice. The n choices of a request have
+consecutive ids. Messages for unknown ids are legal (an abort may cross the last token) and ignored. Nothing here does
+I/O.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from asyncscale.config import ModelSource
 from asyncscale.params import Sampling
 
 PROTOCOL_VERSION = 1
@@ -52,8 +54,9 @@ class Connect(msgspec.Struct, frozen=True, array_like=True, tag="connect"):
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
-    """A request. token_ids: little-endian int32 of the prompt, then of the tokens generated earlier (elsewhere), if any.
+    """A request.
 
+    token_ids: little-endian int32 of the prompt, then of the tokens that were generated elsewhere before, if any.
     Its `n` choices are request_id .. request_id + n - 1. num_prompt_tokens: how many of token_ids are the prompt.
     """
 
@@ -110,7 +113,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class Finished(msgspec.Struct, frozen=True, array_like=True):
     """The end of a request. Its last token is in the same or an earlier `Outputs`.
 
-    stop_token_id: the token that ended it, when one of its stop_token_ids did. Times in seconds since the engine had it.
+    stop_token_id: the token that ended it, when one of its stop_token_ids did. Times in seconds since the engine had
+    it.
     """
 
     request_id: int
@@ -124,14 +128,19 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
-    """All that one step made for one client. request_ids[i] got token_ids[i]; an id with several tokens comes several times."""
+    """All that one step made for one client.
+
+    Request_ids[i] got token_ids[i]; an id with several tokens comes several times.
+    """
 
     request_ids: list[int]
     token_ids: list[int]
     finished: list[Finished]
     load: Load
     logprobs: list[tuple[int, TokenLogprobs]] = []  # (index into token_ids, ...)
-    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = []  # (request_id, of the next prompt positions; the first is position 1)
+    prompt_logprobs: list[
+        tuple[int, list[TokenLogprobs]]
+    ] = []  # (request_id, of the next prompt positions; the first is position 1)
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True, tag="load"):
@@ -151,6 +160,98 @@ class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
 
 FromEngine = Connected | Outputs | LoadReport | CallResult
 
+
+# --- from an engine process to its supervisor, over the lifeline, while it starts
+
+
+class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
+    """What the engine does now, and how far it is with it (0 to 1)."""
+
+    phase: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """The engine has loaded its model and bound its address."""
+
+    facts: EngineFacts
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The engine cannot start. model_error: the message of a ModelLoadError, when it was one."""
+
+    traceback: str
+    model_error: str | None = None
+
+
+FromStart = Loading | Ready | Failed
+
+
+# --- between an attached client and the coordinator
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """An engine that takes requests. `load.mine` is the receiving client's."""
+
+    engine_id: int
+    incarnation: int
+    address: str
+    facts: EngineFacts
+    load: Load
+
+
+class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
+    """First message of a client to the coordinator."""
+
+    version: int
+
+
+class Detach(msgspec.Struct, frozen=True, array_like=True, tag="detach"):
+    """The client leaves."""
+
+
+ToCoordinator = Attach | Detach
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
+    """Answer to Attach: the model, and every engine with its counts."""
+
+    version: int
+    model: ModelSource
+    members: list[Member]
+
+
+class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
+    """An engine takes requests from now on."""
+
+    member: Member
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
+    """An engine died (`reason` says how) or was removed."""
+
+    engine_id: int
+    incarnation: int
+    reason: str
+    exit_code: int | None
+
+
+class Counts(msgspec.Struct, frozen=True, array_like=True, tag="counts"):
+    """The newest loads of engines whose load changed: (engine_id, load)."""
+
+    loads: list[tuple[int, Load]]
+
+
+class Farewell(msgspec.Struct, frozen=True, array_like=True, tag="farewell"):
+    """The owner closes: all engines end now."""
+
+
+FromCoordinator = Welcome | Joined | Left | Counts | Farewell
+
+
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+from_start_decoder: msgspec.msgpack.Decoder[FromStart] = msgspec.msgpack.Decoder(FromStart)
+to_coordinator_decoder: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
+from_coordinator_decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)

@@ -28,12 +28,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     n: how many completions of the prompt (`Token.choice`, `Completion.choices`).
     temperature: 0 is greedy. top_k: 0 or -1 is off. min_p: relative to the most likely token's probability.
-    presence_penalty, frequency_penalty: in [-2, 2], over generated tokens; repetition_penalty: over prompt and generated tokens.
-    seed: makes sampling repeatable: same seed, same tokens, alone or in a crowd, on any engine.
-    stop: strings that end the text (left out of it unless include_stop_str_in_output). stop_token_ids: tokens that do.
-    bad_words: strings never generated. logit_bias: token id -> added to its logit.
+    presence_penalty, frequency_penalty: in [-2, 2], over generated tokens; repetition_penalty: over prompt and
+    generated tokens. seed: makes sampling repeatable: same seed, same tokens, alone or in a crowd, on any engine.
+    stop: strings that end the text (left out of it unless include_stop_str_in_output). stop_token_ids: tokens that
+    do. bad_words: strings never generated. logit_bias: token id -> added to its logit.
     min_tokens: no end before so many tokens. max_tokens: None is the rest of the context.
-    logprobs: log-probabilities of the chosen token and of so many most likely ones; prompt_logprobs: likewise for the prompt.
+    logprobs: log-probabilities of the chosen token and of so many most likely ones; prompt_logprobs: likewise for the
+    prompt.
     """
 
     n: int = 1
@@ -64,9 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequestError(f"params must be a SamplingParams or None, got {type(params).__name__}")
         unknown = overrides.keys() - set(cls.__struct_fields__)
         if unknown:
-            raise InvalidRequestError(
-                f"unknown sampling parameter {', '.join(sorted(map(repr, unknown)))}; known are {', '.join(cls.__struct_fields__)}"
-            )
+            names, known = ", ".join(sorted(map(repr, unknown))), ", ".join(cls.__struct_fields__)
+            raise InvalidRequestError(f"unknown sampling parameter {names}; known are {known}")
         merged = msgspec.structs.replace(params or cls(), **overrides)
         merged.validate()
         return merged
@@ -123,8 +123,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """Sampling parameters resolved to concrete values: what goes to an engine, per choice.
 
     top_k: 0 is off. stop_token_ids: every token that ends the request, end-of-sequence included unless ignored.
-    seed: uint64; of the request's choice c, token at absolute position p (prompt length + tokens generated before it) is drawn
-    with (seed + c, p) and with nothing else. max_tokens: concrete.
+    seed: uint64; of the request's choice c, token at absolute position p (prompt length + tokens generated before it)
+    is drawn with (seed + c, p) and with nothing else. max_tokens: concrete.
     """
 
     max_tokens: int

@@ -1,0 +1,441 @@
+"""The public client: its life, and the calls people make."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import enum
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+import zmq
+
+from asyncscale import messages
+from asyncscale.checkpoint.progress import Progress
+from asyncscale.checkpoint.resolve import resolve_model
+from asyncscale.client.dispatcher import Dispatcher
+from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
+from asyncscale.client.generation import Generation
+from asyncscale.client.preparation import Preparation, Prompt, check_options
+from asyncscale.client.progress import StartProgress
+from asyncscale.client.router import POLICIES, EngineLoad, Policy
+from asyncscale.client.sizing import auto_num_engines
+from asyncscale.client.stream import RequestStream
+from asyncscale.config import CheckpointFiles, EngineConfig, ModelSource, SimulatedModel
+from asyncscale.errors import (
+    AsyncScaleError,
+    ClientClosedError,
+    ClientStateError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestTimeoutError,
+)
+from asyncscale.params import SamplingParams
+from asyncscale.tokenization.codec import TextCodec, load_codec
+
+logger = logging.getLogger(__name__)
+
+
+class _State(enum.Enum):
+    NEW = "not started"
+    STARTING = "starting"
+    RUNNING = "running"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class AsyncScaleClient:
+    """Owns engine processes that run a language model, and streams what they generate::
+
+        async with AsyncScaleClient("smollm2-135m-instruct", num_engines=2) as client:
+            async for token in client.generate("The capital of France is", max_tokens=32):
+                print(token, end="", flush=True)
+
+    model: a built-in name, a local Hugging Face folder or GGUF file, a Hugging Face hub id, or a `SimulatedModel`.
+    num_engines: each is a process with a whole copy of the model; "auto" is one per usable core, at most four.
+    routing: "least-loaded", "round-robin", or a function (loads, request) -> one of the loads.
+    start_timeout: seconds until all engines must be ready. progress: show bars on stderr; None does when it is a
+    terminal. **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
+
+    Raises TypeError and ValueError for wrong options here; `start` raises ModelLoadError and EngineStartError.
+    It belongs to the event loop that it is started on.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | SimulatedModel = "smollm2-135m-instruct",
+        *,
+        num_engines: int | Literal["auto"] = "auto",
+        routing: str | Policy = "least-loaded",
+        start_timeout: float = 300.0,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> None:
+        if num_engines != "auto" and (
+            not isinstance(num_engines, int) or isinstance(num_engines, bool) or num_engines < 1
+        ):
+            raise ValueError(f'num_engines must be "auto" or an integer of at least 1, got {num_engines!r}')
+        if not isinstance(model, str | os.PathLike | SimulatedModel):
+            raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
+        self._model = model
+        self._num_engines = auto_num_engines() if num_engines == "auto" else num_engines
+        self._config = _engine_config(options)
+        self._start_timeout = start_timeout
+        self._progress = progress
+        self._prepare(routing, None)
+
+    @classmethod
+    def attach(cls, address: str, *, routing: str | Policy = "least-loaded") -> AsyncScaleClient:
+        """A client of engines that another process owns: `address` is that client's `address`.
+
+        ::
+
+            async with AsyncScaleClient.attach(address) as client: ...
+
+        Closing it leaves the engines running.
+        """
+        if not isinstance(address, str) or not address.startswith("ipc://"):
+            raise ValueError(f"address must be what another client's .address gave, got {address!r}")
+        client = cls.__new__(cls)
+        client._prepare(routing, address)
+        return client
+
+    def _prepare(self, routing: str | Policy, attach_to: str | None) -> None:
+        self._policy = _policy(routing)
+        self._attach_to = attach_to
+        self._state = _State.NEW
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
+        self._closing: asyncio.Future[None] | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]]
+        self._engines: Engines
+        self._dispatcher: Dispatcher
+        self._preparation: Preparation
+        self._joining: set[asyncio.Task[None]] = set()
+
+    # --- life
+
+    async def start(self) -> AsyncScaleClient:
+        """Fetch the model if need be, start the engines (or attach to them), and return when requests can be served."""
+        if self._state is not _State.NEW:
+            raise self._wrong_state("start")
+        self._state = _State.STARTING
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        try:
+            await (self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to))
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(self._shut_down(ClientClosedError("the client did not start"))))
+            raise
+        self._state = _State.RUNNING
+        return self
+
+    async def _start_owned(self) -> None:
+        with StartProgress(self._num_engines, self._progress) as progress:
+            source: ModelSource
+            if isinstance(self._model, SimulatedModel):
+                source = self._model
+            else:
+                source = await asyncio.to_thread(_find_model, self._model, progress.on_fetch)
+            self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._on_load_report)
+            self._engines = OwnedEngines(
+                self._context, source, self._config, self._num_engines, self._start_timeout, progress.on_loading, self
+            )
+            try:
+                async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
+                    codec = group.create_task(asyncio.to_thread(load_codec, source))
+                    members = group.create_task(self._engines.start())
+            except BaseExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+            await self._connect(codec.result(), members.result())
+
+    async def _start_attached(self, address: str) -> None:
+        self._dispatcher = Dispatcher(self._context, self._identity, self._policy)
+        self._engines = AttachedEngines(self._context, self._identity, address, self)
+        members = await self._engines.start()
+        await self._connect(await asyncio.to_thread(load_codec, self._engines.model), members)
+
+    async def _connect(self, codec: TextCodec, members: Sequence[messages.Member]) -> None:
+        if not members:
+            raise AsyncScaleError("there is no engine to connect to")
+        self._preparation = Preparation(codec, members[0].facts)
+        await asyncio.gather(*(self._dispatcher.join(m.engine_id, m.address, m.facts) for m in members))
+
+    async def close(self, drain: bool = True, timeout: float | None = 60.0) -> None:
+        """End the client and, if it owns them, its engines.
+
+        drain: let requests finish first (at most `timeout` seconds), while new ones are refused; otherwise, and after
+        the timeout, they end with ClientClosedError. Idempotent, and safe to call several times at once.
+        """
+        if self._state is _State.NEW:
+            self._state = _State.CLOSED
+            return
+        if self._state is _State.CLOSED:
+            return
+        self._check_loop()
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close(drain, timeout))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, drain: bool, timeout: float | None) -> None:
+        was_running = self._state is _State.RUNNING
+        self._state = _State.CLOSING
+        try:
+            if drain and was_running:
+                async with asyncio.timeout(timeout):
+                    await self._dispatcher.wait_idle()
+        except TimeoutError:
+            logger.warning("closing: %d requests did not finish within %g s", self._dispatcher.num_live, timeout)
+        finally:
+            await self._shut_down(ClientClosedError("the client was closed"))
+
+    async def _shut_down(self, error: Exception) -> None:
+        self._state = _State.CLOSING
+        for task in self._joining:
+            task.cancel()
+        if hasattr(self, "_dispatcher"):
+            self._dispatcher.fail_all(error)
+            self._dispatcher.close(error)
+        try:
+            if hasattr(self, "_engines"):
+                await self._engines.stop()
+        finally:
+            self._state = _State.CLOSED
+            self._context.destroy(linger=0)
+
+    async def __aenter__(self) -> AsyncScaleClient:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close(drain=False)
+
+    # --- requests
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        /,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        engine: int | None = None,
+        session: str | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Start a request and return at once: iterate over the result for tokens, or await it for all of them.
+
+        ::
+
+            async for token in client.generate("Once upon a time", temperature=0.8): ...
+            completion = await client.generate([1, 4093, 198], max_tokens=16)
+
+        prompt: text, or token ids. params, **sampling: see SamplingParams; keywords override params.
+        request_id: a label of your own, not used by another live request. priority: lower runs first.
+        timeout: seconds until it is aborted with RequestTimeoutError. engine: send it to this engine and no other.
+        session: requests of the same session prefer the same engine, whose prefix cache knows their past.
+        Raises InvalidRequestError, ClientStateError, EngineDeadError.
+        """
+        self._check_usable()
+        return self._submit(
+            lambda: prompt, SamplingParams.of(params, sampling), request_id, priority, timeout, engine, session
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        engine: int | None = None,
+        session: str | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Like `generate`, for a conversation, which the model's own chat template turns into a prompt.
+
+        ::
+
+            completion = await client.chat([{"role": "user", "content": "What is the capital of France?"}])
+
+        chat_template_kwargs: further variables of the template. Raises InvalidRequestError, also for a model without
+        one.
+        """
+        self._check_usable()
+
+        def encode() -> list[int]:
+            return self._preparation.codec.encode_chat(
+                messages, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
+            )
+
+        return self._submit(encode, SamplingParams.of(params, sampling), request_id, priority, timeout, engine, session)
+
+    def _submit(
+        self,
+        make_prompt: Callable[[], Prompt],
+        params: SamplingParams,
+        request_id: str | None,
+        priority: int,
+        timeout: float | None,
+        engine: int | None,
+        session: str | None,
+    ) -> Generation:
+        dispatcher = self._dispatcher
+        check_options(request_id, priority, timeout, session)
+        if request_id is not None and dispatcher.is_live(request_id):
+            raise InvalidRequestError(f"request_id {request_id!r} is in use by a request that has not ended")
+        if engine is not None and engine not in dispatcher.engine_ids:
+            raise InvalidRequestError(f"there is no engine {engine!r}; engines are {list(dispatcher.engine_ids)}")
+        prompt_token_ids = self._preparation.encode_prompt(make_prompt())
+        wire_id = dispatcher.allocate_wire_ids(params.n)
+        stream = RequestStream(
+            request_id=f"request-{wire_id}" if request_id is None else request_id,
+            wire_id=wire_id,
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            sampling=self._preparation.resolve(params, len(prompt_token_ids)),
+            codec=self._preparation.codec,
+            priority=priority,
+            session=session,
+            pinned_engine=engine,
+            arrival=time.monotonic(),
+            on_end=dispatcher.request_ended,
+        )
+        dispatcher.submit(stream)
+        if timeout is not None and self._loop is not None:
+            error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {timeout:g} s")
+            stream.timer = self._loop.call_later(timeout, dispatcher.abort, stream, error)
+        return Generation(stream, dispatcher.abort)
+
+    # --- engines
+
+    @property
+    def address(self) -> str:
+        """What `AsyncScaleClient.attach` takes, in this process or another on the same host."""
+        self._check_usable()
+        return self._engines.address
+
+    def engine_loads(self) -> tuple[EngineLoad, ...]:
+        """The newest counts of every engine, and their age. Asks nobody."""
+        self._check_usable()
+        return self._dispatcher.loads()
+
+    async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
+        """The engines' loads, now and whenever they change::
+
+            async for loads in client.watch_loads(): ...
+
+        Ends when the client is closed.
+        """
+        while self._state is _State.RUNNING:
+            yield self.engine_loads()
+            await self._dispatcher.wait_load_change()
+
+    async def collective_rpc(self, method: str, /, *args: object, timeout: float | None = 60.0) -> list[Any]:
+        """Run a registered engine method once on every engine; results in engine order.
+
+        ::
+
+            await client.collective_rpc("kv_cache_stats")
+
+        Arguments and results are plain values (numbers, strings, lists, dicts). timeout: seconds.
+        Raises EngineError when an engine refuses or fails, TimeoutError.
+        """
+        self._check_usable()
+        async with asyncio.timeout(timeout):
+            engine_ids = self._dispatcher.engine_ids
+            return await asyncio.gather(*(self._dispatcher.call(engine_id, method, args) for engine_id in engine_ids))
+
+    # --- what the engines' source tells (EngineEvents)
+
+    def engine_joined(self, member: messages.Member) -> None:
+        """An engine takes requests from now on."""
+        task = asyncio.ensure_future(self._dispatcher.join(member.engine_id, member.address, member.facts))
+        self._joining.add(task)
+        task.add_done_callback(self._joining.discard)
+
+    def engine_left(self, engine_id: int, error: EngineDeadError) -> None:
+        """An engine is gone."""
+        logger.error("%s", error)
+        self._dispatcher.leave(engine_id, error)
+
+    def engine_load(self, engine_id: int, load: messages.Load) -> None:
+        """Newer counts, which did not come from the engine itself."""
+        self._dispatcher.report(engine_id, load)
+
+    def _on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
+        self._engines.on_load_report(engine_id, report)
+
+    # --- use
+
+    def _check_usable(self) -> None:
+        if self._state is not _State.RUNNING:
+            raise self._wrong_state("use")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        if asyncio._get_running_loop() is not self._loop:
+            raise ClientStateError(
+                "this client was started on another event loop than the one it is used from now. "
+                "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
+            )
+
+    def _wrong_state(self, wanted: str) -> ClientStateError:
+        if self._state is _State.NEW:
+            return ClientStateError(
+                "the client is not started: use `async with AsyncScaleClient(...) as client:` or `await client.start()`"
+            )
+        if self._state is _State.STARTING:
+            return ClientStateError("the client is still starting: await start() first")
+        if self._state is _State.RUNNING:
+            return ClientStateError(f"cannot {wanted} the client: it is running already")
+        return ClientClosedError(f"cannot {wanted} the client: it is {self._state.value}. Make a new one")
+
+    def __repr__(self) -> str:
+        what = (
+            f"attached to {self._attach_to!r}"
+            if self._attach_to
+            else f"{self._model!r}, num_engines={self._num_engines}"
+        )
+        return f"<AsyncScaleClient {what}, {self._state.value}>"
+
+
+def _find_model(model: str | os.PathLike[str], progress: Progress) -> CheckpointFiles:
+    from asyncscale.checkpoint.model_config import ModelConfig
+
+    files = resolve_model(model, progress)
+    ModelConfig.load(files)  # an architecture that is not supported is refused before any engine starts
+    return files
+
+
+def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    known = EngineConfig.__struct_fields__
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            raise TypeError(f"AsyncScaleClient has no option {name!r}{hint}")
+    try:
+        return msgspec.convert(options, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+
+
+def _policy(routing: str | Policy) -> Policy:
+    if callable(routing):
+        return routing
+    if routing not in POLICIES:
+        raise ValueError(f"routing must be one of {', '.join(POLICIES)} or a function, got {routing!r}")
+    return POLICIES[routing]

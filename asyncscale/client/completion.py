@@ -1,0 +1,99 @@
+"""What a finished request gives: plain frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from asyncscale.messages import FinishReason
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability and its rank.
+
+    logprob: natural logarithm, of the model's raw distribution. rank: 1 for the most likely token.
+    """
+
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When what happened to a request.
+
+    arrival, first_token, last_token: time.monotonic() of the client's process.
+    queued_s: seconds that it waited on its engine before its first step. num_cached_tokens: prompt tokens found in
+    the prefix cache.
+    """
+
+    arrival: float
+    queued_s: float
+    first_token: float | None
+    last_token: float | None
+    engine: int | None
+    num_output_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from the call to the first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds per token after the first."""
+        if self.first_token is None or self.last_token is None or self.num_output_tokens < 2:
+            return None
+        return (self.last_token - self.first_token) / (self.num_output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceCompletion:
+    """One of the n completions of a prompt.
+
+    Logprobs: per token, {token id: Logprob} of the chosen and the most likely ones.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: list[dict[int, Logprob]] | None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request; `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first choice.
+
+    prompt_logprobs: per prompt token, {token id: Logprob}; None for the first, which nothing predicts.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    choices: tuple[ChoiceCompletion, ...]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    timing: Timing
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None:
+        return self.choices[0].logprobs
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,158 @@
+"""What `generate` returns: an async iterable of tokens that can be awaited instead."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator
+
+from asyncscale.client.completion import Completion
+from asyncscale.client.stream import ChoiceStream, RequestStream
+from asyncscale.errors import RequestAbortedError
+from asyncscale.messages import FinishReason
+
+
+class Token:
+    """One generated token. `str(token)` is its text.
+
+    token_id: int. index: its place among the tokens of its choice, from 0. choice: which of the n completions it
+    belongs to. text: what this token made certain; characters that span tokens come with the last of these, and what
+    may be the start of a stop string waits until it is not. logprob: natural logarithm, when log-probabilities were
+    asked for, else None. finish_reason: on a choice's last token, why it ended ("stop" or "length"), else None.
+    """
+
+    __slots__ = ("_stream", "finish_reason", "index", "token_id")
+
+    def __init__(self, stream: ChoiceStream, index: int) -> None:
+        self._stream = stream
+        self.index = index
+        self.token_id = stream.token_ids[index]
+        self.finish_reason: FinishReason | None = None
+        if stream.finish_reason is not None and index == len(stream.token_ids) - 1:
+            self.finish_reason = stream.finish_reason
+
+    @property
+    def text(self) -> str:
+        return self._stream.text_at(self.index)
+
+    @property
+    def choice(self) -> int:
+        return self._stream.index
+
+    @property
+    def logprob(self) -> float | None:
+        return self._stream.logprob_at(self.index)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Token(text={self.text!r}, token_id={self.token_id}, index={self.index}, choice={self.choice})"
+
+
+class Generation:
+    """A request under way. Read it token by token, or await all of it::
+
+        async for token in client.generate("Once upon a time"):
+            print(token, end="")
+        completion = await client.generate("Once upon a time")
+
+    It runs from the moment it is made, whether anybody reads it or not. Leaving an `async for` early, cancelling the
+    task that reads or awaits it, its timeout, `abort()`, and forgetting it all end it on its engine.
+    Raises: RequestTimeoutError, RequestAbortedError, EngineDeadError, ClientClosedError.
+    """
+
+    def __init__(self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]) -> None:
+        self._stream = stream
+        self._abort = abort
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def request_id(self) -> str:
+        return self._stream.request_id
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._stream.done
+
+    def abort(self) -> None:
+        """End it on its engine. Who reads it gets RequestAbortedError. Does nothing when it has ended."""
+        if not self._stream.done:
+            self._abort(self._stream, RequestAbortedError(f"request {self.request_id!r} was aborted"))
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return _TokenIterator(self, self._stream)
+
+    def __await__(self) -> Generator[object, None, Completion]:
+        stream = self._stream
+        while not stream.done:
+            try:
+                yield from stream.wait_end().__await__()
+            except asyncio.CancelledError:
+                self.abort()
+                raise
+        if stream.error is not None:
+            raise _as_raised(stream.error)
+        return stream.completion()
+
+    def __repr__(self) -> str:
+        state = "ended" if self.done else "running"
+        return f"<Generation {self.request_id!r} {state}, {self._stream.num_tokens} tokens>"
+
+    def __del__(self) -> None:
+        _abort_unread(self._loop, self._stream, self._abort)
+
+
+class _TokenIterator:
+    """One pass over the tokens. When it goes away before the end, its loop was left early."""
+
+    __slots__ = ("_cursors", "_generation", "_next", "_stream")
+
+    def __init__(self, generation: Generation, stream: RequestStream) -> None:
+        self._generation = generation
+        self._stream = stream
+        self._next = 0
+        self._cursors = [0] * len(stream.choices)
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return self
+
+    async def __anext__(self) -> Token:
+        stream = self._stream
+        while self._next >= stream.num_tokens:
+            if stream.done:
+                if stream.error is not None:
+                    raise _as_raised(stream.error)
+                raise StopAsyncIteration
+            try:
+                await stream.wait_token()
+            except asyncio.CancelledError:
+                self._generation.abort()
+                raise
+        choice = 0 if stream.arrivals is None else stream.arrivals[self._next]
+        index = self._cursors[choice]
+        self._next += 1
+        self._cursors[choice] = index + 1
+        return Token(stream.choices[choice], index)
+
+    def __del__(self) -> None:
+        generation = self._generation
+        _abort_unread(generation._loop, self._stream, generation._abort)
+
+
+def _abort_unread(
+    loop: asyncio.AbstractEventLoop, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]
+) -> None:
+    """End a request whose reader went away. May run in any thread: wherever the garbage collector does."""
+    if stream.done or loop.is_closed():
+        return
+    error = RequestAbortedError(f"request {stream.request_id!r} was left before its end")
+    if asyncio._get_running_loop() is loop:
+        abort(stream, error)
+    else:
+        loop.call_soon_threadsafe(abort, stream, error)
+
+
+def _as_raised(error: Exception) -> Exception:
+    # Raised anew each time: a traceback must not grow with every reader.
+    return error.with_traceback(None)

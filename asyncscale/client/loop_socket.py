@@ -1,0 +1,78 @@
+"""A ZeroMQ socket read by the event loop: one wake-up per burst of messages, not one future per message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+# So many messages are taken in one go before other callbacks of the loop get their turn.
+_BURST = 256
+_LINGER_MS = 100
+
+
+class LoopSocket:
+    """Calls `on_frames` with each message that `socket` receives. Owns the socket.
+
+    libzmq's descriptor is edge-triggered: it signals once that something changed, and any receive or send may use that
+    signal up. So after either, EVENTS is looked at again before the loop goes back to sleep.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]
+    ) -> None:
+        self._loop = loop
+        self._socket = socket
+        self._on_frames = on_frames
+        self._wakeup: asyncio.Handle | None = None
+        self._closed = False
+        self._descriptor: int = socket.get(zmq.FD)  # type: ignore[assignment]
+        loop.add_reader(self._descriptor, self._read)
+        self._read_soon()
+
+    def send(self, *frames: bytes) -> None:
+        """Queue a message. Raises zmq.ZMQError (EHOSTUNREACH) when a ROUTER's peer is gone."""
+        self._socket.send_multipart(frames, zmq.NOBLOCK)
+        if self._wakeup is None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._read_soon()
+
+    def drain(self) -> None:
+        """Take everything that has arrived, now."""
+        while not self._closed and self._take_burst():
+            pass
+
+    def close(self) -> None:
+        """Stop reading and close the socket; what was sent before still goes out, for a moment. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._descriptor)
+        if self._wakeup is not None:
+            self._wakeup.cancel()
+        self._socket.close(linger=_LINGER_MS)
+
+    def _read_soon(self) -> None:
+        self._wakeup = self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        self._wakeup = None
+        if not self._closed and self._take_burst():
+            self._read_soon()
+
+    def _take_burst(self) -> bool:
+        """Whether more may be waiting."""
+        for _ in range(_BURST):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            try:
+                self._on_frames(frames)
+            except BaseException:
+                self._read_soon()  # the signal for what is left is used up
+                raise
+            if self._closed:
+                return False
+        return True

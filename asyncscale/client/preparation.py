@@ -1,0 +1,133 @@
+"""From a caller's arguments to a request that an engine can run as it stands.
+
+Encoded, checked, every default filled in.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncscale.errors import InvalidRequestError
+from asyncscale.messages import EngineFacts
+from asyncscale.params import Sampling, SamplingParams
+from asyncscale.tokenization.codec import TextCodec
+
+Prompt = str | Sequence[int] | npt.NDArray[np.integer]
+
+_UINT64 = 2**64 - 1
+_MAX_ID_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a client needs to know of model and engines to check a request without asking them."""
+
+    codec: TextCodec
+    facts: EngineFacts
+
+    def encode_prompt(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        """Token ids of a prompt, int32[n], n >= 1. Raises InvalidRequestError."""
+        token_ids = self._encode_text(prompt) if isinstance(prompt, str) else _as_token_ids(prompt)
+        self.check_prompt(token_ids)
+        return token_ids.astype(np.int32)
+
+    def _encode_text(self, text: str) -> npt.NDArray[np.integer]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"prompt is not valid Unicode: {error}") from None
+        return np.asarray(self.codec.encode(text), np.int64)
+
+    def check_prompt(self, token_ids: npt.NDArray[np.integer]) -> None:
+        """Raises InvalidRequestError when the ids are out of range, or too many for the context or the KV cache."""
+        facts = self.facts
+        count = len(token_ids)
+        if count == 0:
+            raise InvalidRequestError("prompt is empty: it must have at least one token")
+        if token_ids.min() < 0 or token_ids.max() >= facts.vocab_size:
+            bad = token_ids[(token_ids < 0) | (token_ids >= facts.vocab_size)][0]
+            raise InvalidRequestError(f"token id {bad} is out of range: the model has ids 0 to {facts.vocab_size - 1}")
+        if count >= facts.max_model_len:
+            raise InvalidRequestError(
+                f"prompt has {count} tokens, but the model's context is {facts.max_model_len} tokens, "
+                "of which at least one must be left for the answer"
+            )
+        cache = facts.num_blocks * facts.block_size
+        if count >= cache:
+            raise InvalidRequestError(f"prompt has {count} tokens, but the KV cache of an engine holds {cache}")
+
+    def resolve(self, params: SamplingParams, num_prompt_tokens: int) -> Sampling:
+        """The caller's parameters with the model's defaults, as concrete values. Raises InvalidRequestError."""
+        defaults = self.codec.generation_defaults
+        room = self.facts.max_model_len - num_prompt_tokens
+        stop_token_ids = set(params.stop_token_ids or ())
+        self._check_ids("stop_token_ids", stop_token_ids)
+        bias = params.logit_bias or {}
+        self._check_ids("logit_bias", bias)
+        if not params.ignore_eos:
+            stop_token_ids |= self.codec.eos_token_ids
+        return Sampling(
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            min_tokens=params.min_tokens,
+            temperature=float(params.default("temperature", defaults)),
+            top_p=float(params.default("top_p", defaults)),
+            top_k=max(0, params.default("top_k", defaults)),
+            min_p=float(params.default("min_p", defaults)),
+            repetition_penalty=float(params.default("repetition_penalty", defaults)),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            seed=random.getrandbits(64) if params.seed is None else params.seed & _UINT64,
+            stop_token_ids=tuple(sorted(stop_token_ids)),
+            bad_words_token_ids=self.codec.encode_bad_words(params.bad_words) if params.bad_words else (),
+            logit_bias=tuple((int(token_id), float(value)) for token_id, value in bias.items()),
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+        )
+
+    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if token_id >= self.facts.vocab_size:
+                last = self.facts.vocab_size - 1
+                raise InvalidRequestError(f"{name} holds token id {token_id}, but the model has ids 0 to {last}")
+
+
+def check_options(request_id: str | None, priority: int, timeout: float | None, session: str | None) -> None:
+    """Check the arguments of `generate` that are no sampling parameters. Raises InvalidRequestError."""
+    if request_id is not None and (not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID_LENGTH):
+        raise InvalidRequestError(
+            f"request_id must be a string of 1 to {_MAX_ID_LENGTH} characters, got {request_id!r}"
+        )
+    if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**31) <= priority < 2**31:
+        raise InvalidRequestError(f"priority must be an integer of 32 bits, got {priority!r}")
+    if timeout is not None and (
+        not isinstance(timeout, int | float) or isinstance(timeout, bool) or math.isnan(timeout) or timeout <= 0
+    ):
+        raise InvalidRequestError(f"timeout must be a number of seconds greater than 0, got {timeout!r}")
+    if session is not None and not isinstance(session, str):
+        raise InvalidRequestError(f"session must be a string, got {session!r}")
+
+
+def _as_token_ids(prompt: object) -> npt.NDArray[np.integer]:
+    wrong = InvalidRequestError(f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}")
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise wrong
+    if len(prompt) == 0:
+        return np.zeros(0, np.int64)
+    try:
+        token_ids = np.asarray(prompt)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
+        raise wrong
+    return token_ids
+
+
+def _describe(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

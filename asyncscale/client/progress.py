@@ -1,0 +1,58 @@
+"""Progress bars on stderr while a model is fetched and engines load; nothing at all when stderr is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from tqdm import tqdm
+
+# Share of an engine's start that each phase takes, about; phases not named here count as the rest.
+_PHASE_START = {"import": 0.0, "weights": 0.4, "warm-up": 0.9}
+_PHASE_SHARE = {"import": 0.4, "weights": 0.5, "warm-up": 0.1}
+
+
+class StartProgress:
+    """Bars for one start of a client: bytes of the model, then the engines together. Use as a context manager."""
+
+    def __init__(self, num_engines: int, shown: bool | None = None) -> None:
+        self._disabled = not (sys.stderr.isatty() if shown is None else shown)
+        self._fractions = dict.fromkeys(range(num_engines), 0.0)
+        self._fetch: tqdm[None] | None = None
+        self._load: tqdm[None] | None = None
+
+    def __enter__(self) -> StartProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for bar in (self._fetch, self._load):
+            if bar is not None:
+                bar.close()
+
+    def on_fetch(self, description: str, done_bytes: int, total_bytes: int | None) -> None:
+        """Bytes of a model arrived. May be called from another thread."""
+        if self._disabled:
+            return
+        if self._fetch is None:
+            self._fetch = tqdm(desc=description, total=total_bytes, unit="B", unit_scale=True, leave=False)
+        self._fetch.total = total_bytes
+        self._fetch.set_description(description, refresh=False)
+        self._fetch.update(done_bytes - self._fetch.n)
+
+    def on_loading(self, engine_id: int, phase: str, fraction: float) -> None:
+        """An engine got so far with a phase of its start."""
+        if self._disabled:
+            return
+        start, share = _PHASE_START.get(phase, 0.0), _PHASE_SHARE.get(phase, 0.0)
+        self._fractions[engine_id] = max(self._fractions[engine_id], start + share * fraction)
+        if self._load is None:
+            count = len(self._fractions)
+            self._load = tqdm(
+                desc=f"loading {count} engine{'s' if count > 1 else ''}",
+                total=100,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}",
+                leave=False,
+            )
+        self._load.update(100 * sum(self._fractions.values()) / len(self._fractions) - self._load.n)

@@ -1,0 +1,285 @@
+"""A request's life on the client, without I/O: tokens in, waiters woken, text made when somebody reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncscale.client.completion import ChoiceCompletion, Completion, Logprob, Timing
+from asyncscale.messages import FinishReason, TokenLogprobs
+from asyncscale.params import Sampling, SamplingParams
+from asyncscale.tokenization.codec import Detokenizer, TextCodec
+from asyncscale.tokenization.stop import StopStrings
+
+
+class ChoiceStream:
+    """The tokens of one choice (of n) of a request, known to its engine as `wire_id`.
+
+    Text is decoded when it is read, token by token in order; only stop strings need it as tokens arrive.
+    """
+
+    __slots__ = (
+        "_detokenizer",
+        "_pieces",
+        "_stop",
+        "finish_reason",
+        "index",
+        "logprobs",
+        "request",
+        "stop_token_id",
+        "token_ids",
+        "wire_id",
+    )
+
+    def __init__(self, request: RequestStream, index: int, wire_id: int) -> None:
+        params = request.params
+        self.request = request
+        self.index = index
+        self.wire_id = wire_id
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_token_id: int | None = None
+        self._pieces: list[str] = []
+        self._detokenizer: Detokenizer | None = None
+        stop = params.stop_strings
+        self._stop = StopStrings(stop, params.include_stop_str_in_output) if stop else None
+
+    def push(self, token_id: int) -> None:
+        """Take the next token; one that crossed an abort or a stop string is dropped."""
+        if self.finish_reason is None:
+            self.token_ids.append(token_id)
+            if self.request.arrivals is not None:
+                self.request.arrivals.append(self.index)
+
+    @property
+    def has_stop_strings(self) -> bool:
+        return self._stop is not None
+
+    def check_stop_strings(self) -> bool:
+        """Look for stop strings in what was pushed. Whether one ended the choice, so that its engine must be told."""
+        if self._stop is None:
+            return False
+        for index in range(len(self._pieces), len(self.token_ids)):
+            self._decode_up_to(index)
+            if self._stop.stopped:
+                self._drop_after(index)
+                if self.finish_reason is None:
+                    self.finish("stop")
+                    return True
+                self.finish_reason = "stop"  # its engine ended it with the same token, for another reason
+                self.stop_token_id = None
+        return False
+
+    def finish(self, reason: FinishReason, stop_token_id: int | None = None) -> None:
+        """No more tokens come; the last one is there already."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            self.stop_token_id = stop_token_id
+            self.request.choice_finished()
+
+    def _drop_after(self, index: int) -> None:
+        arrivals = self.request.arrivals
+        for _ in range(len(self.token_ids) - index - 1):
+            self.token_ids.pop()
+            if arrivals is not None:
+                del arrivals[len(arrivals) - 1 - arrivals[::-1].index(self.index)]
+        del self.logprobs[index + 1 :]
+
+    def text_at(self, index: int) -> str:
+        """The text that token `index` made certain."""
+        self._decode_up_to(index)
+        return self._pieces[index]
+
+    def text(self) -> str:
+        """All text so far."""
+        self._decode_up_to(len(self.token_ids) - 1)
+        return "".join(self._pieces)
+
+    def logprob_at(self, index: int) -> float | None:
+        """The log-probability of token `index`, when log-probabilities were asked for."""
+        return self.logprobs[index].logprobs[0] if index < len(self.logprobs) else None
+
+    def _decode_up_to(self, index: int) -> None:
+        pieces = self._pieces
+        if len(pieces) <= index and self._detokenizer is None:
+            request = self.request
+            self._detokenizer = request.codec.detokenizer(request.params.skip_special_tokens)
+        while len(pieces) <= index:
+            pieces.append(self._decode(len(pieces)))
+        if self.finish_reason is not None and self._detokenizer is not None and len(pieces) == len(self.token_ids):
+            pieces[-1] += self._rest()
+            self._detokenizer = None
+
+    def _decode(self, index: int) -> str:
+        if self._stop is not None and self._stop.stopped:
+            return ""
+        is_last = index == len(self.token_ids) - 1
+        if is_last and self.stop_token_id is not None and not self.request.params.include_stop_str_in_output:
+            return ""  # the token that ended the text is no part of it
+        text = self._detokenizer.push(self.token_ids[index]) if self._detokenizer else ""
+        if self._stop is None or index < self.request.params.min_tokens:
+            return text
+        return self._stop.push(text)
+
+    def _rest(self) -> str:
+        """What was held back until it was certain that nothing follows."""
+        rest = self._detokenizer.finish() if self._detokenizer else ""
+        if self._stop is None:
+            return rest
+        return "" if self._stop.stopped else self._stop.push(rest) + self._stop.finish()
+
+
+class RequestStream:
+    """One request: its choices, who waits for them, and how it ended."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        wire_id: int,
+        prompt_token_ids: npt.NDArray[np.int32],
+        params: SamplingParams,
+        sampling: Sampling,
+        codec: TextCodec,
+        priority: int,
+        session: str | None,
+        pinned_engine: int | None,
+        arrival: float,
+        on_end: Callable[[RequestStream], None],
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.sampling = sampling
+        self.codec = codec
+        self.priority = priority
+        self.session = session
+        self.pinned_engine = pinned_engine
+        self.arrival = arrival
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self.queued_s = 0.0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.engine_id: int | None = None
+        self.error: Exception | None = None
+        self.done = False
+        self.timer: asyncio.TimerHandle | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        # With one choice, tokens arrive in its own order; with more, this is the order over all: the choice of each
+        # arrival.
+        self.arrivals: list[int] | None = [] if params.n > 1 else None
+        self.choices = [ChoiceStream(self, index, wire_id + index) for index in range(params.n)]
+        self._on_end = on_end
+        self._num_open = params.n
+        self._token_waiters: list[asyncio.Future[None]] = []
+        self._end_waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, over all choices."""
+        return len(self.choices[0].token_ids) if self.arrivals is None else len(self.arrivals)
+
+    def wake(self) -> None:
+        """Tokens came: let those who wait for one go on."""
+        if self._token_waiters:
+            _resolve_all(self._token_waiters)
+
+    def choice_finished(self) -> None:
+        """One of the choices has all its tokens."""
+        self._num_open -= 1
+        if self._num_open == 0:
+            self._end()
+
+    def fail(self, error: Exception) -> None:
+        """End with an error. The first ending wins."""
+        if not self.done:
+            self.error = error
+            for choice in self.choices:
+                if choice.finish_reason is None:
+                    choice.finish_reason = "abort"
+            self._end()
+
+    def _end(self) -> None:
+        self.done = True
+        if self.timer is not None:
+            self.timer.cancel()
+        self._on_end(self)
+        _resolve_all(self._token_waiters)
+        _resolve_all(self._end_waiters)
+
+    def wait_token(self) -> asyncio.Future[None]:
+        """A future that is done when a token or the end comes. The caller has seen all that came before."""
+        return _waiter(self._token_waiters)
+
+    def wait_end(self) -> asyncio.Future[None]:
+        """A future that is done when the request has ended; not woken per token."""
+        return _waiter(self._end_waiters)
+
+    def completion(self) -> Completion:
+        """The finished request as a value."""
+        return Completion(
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_token_ids.tolist(),
+            choices=tuple(_choice_completion(choice) for choice in self.choices),
+            prompt_logprobs=_prompt_logprobs(self),
+            timing=self.timing(),
+        )
+
+    def timing(self) -> Timing:
+        """When what happened, so far."""
+        return Timing(
+            arrival=self.arrival,
+            queued_s=self.queued_s,
+            first_token=self.first_token_at,
+            last_token=self.last_token_at,
+            engine=self.engine_id,
+            num_output_tokens=self.num_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_preemptions=self.num_preemptions,
+        )
+
+
+def _choice_completion(choice: ChoiceStream) -> ChoiceCompletion:
+    logprobs = None
+    if choice.request.params.logprobs is not None:
+        logprobs = [_logprob_table(entry) for entry in choice.logprobs[: len(choice.token_ids)]]
+    return ChoiceCompletion(
+        index=choice.index,
+        text=choice.text(),
+        token_ids=list(choice.token_ids),
+        finish_reason=choice.finish_reason,
+        logprobs=logprobs,
+    )
+
+
+def _prompt_logprobs(request: RequestStream) -> list[dict[int, Logprob] | None] | None:
+    if request.params.prompt_logprobs is None:
+        return None
+    return [None, *(_logprob_table(entry) for entry in request.prompt_logprobs)]
+
+
+def _logprob_table(entry: TokenLogprobs) -> dict[int, Logprob]:
+    chosen, *top = entry.token_ids
+    table = {chosen: Logprob(entry.logprobs[0], entry.rank)}
+    for rank, (token_id, logprob) in enumerate(zip(top, entry.logprobs[1:], strict=True), start=1):
+        table.setdefault(token_id, Logprob(logprob, rank))
+    return table
+
+
+def _waiter(waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    waiters.append(future)
+    return future
+
+
+def _resolve_all(waiters: list[asyncio.Future[Any]]) -> None:
+    for future in waiters:
+        if not future.done():
+            future.set_result(None)
+    waiters.clear()

@@ -1,0 +1,248 @@
+"""Starts engine processes side by side, follows them while they load, and tells when one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import msgspec
+
+from asyncscale import messages, transport
+from asyncscale.client.spawn import make_lifeline, start_process
+from asyncscale.config import EngineConfig, EngineSpec, ModelSource
+from asyncscale.engine.process import run_engine
+from asyncscale.errors import EngineDeadError, EngineStartError, ModelLoadError
+
+# An engine whose lifeline closed ends at once; this long until it is killed all the same.
+_EXIT_GRACE_S = 2.0
+_STDERR_TAIL_BYTES = 8192
+
+LoadingCallback = Callable[[int, str, float], None]
+DeathCallback = Callable[["EngineProcess", EngineDeadError], None]
+
+
+@dataclass(eq=False)
+class EngineProcess:
+    """One incarnation of an engine: its process, and what it said of itself."""
+
+    spec: EngineSpec
+    process: BaseProcess
+    lifeline: Connection
+    facts: messages.EngineFacts | None = None
+    failure: messages.Failed | None = None
+
+    @property
+    def engine_id(self) -> int:
+        return self.spec.engine_id
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        self.process.join(0)  # an exit that the sentinel has shown may not have been collected yet
+        return self.process.exitcode
+
+    def stderr_tail(self) -> str:
+        """The end of what the process wrote to stderr."""
+        try:
+            with open(self.spec.stderr_path, "rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - _STDERR_TAIL_BYTES))
+                return log.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+
+class Supervisor:
+    """Owns the engine processes of one client, and the private folder for their sockets and logs.
+
+    A supervisor that is forgotten or whose interpreter exits takes its engines with it; one that is killed does, too:
+    each engine ends when its lifeline closes.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource,
+        config: EngineConfig,
+        num_engines: int,
+        on_loading: LoadingCallback,
+        on_death: DeathCallback,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._num_engines = num_engines
+        self._on_loading = on_loading
+        self._on_death = on_death
+        self.folder = transport.make_runtime_folder()
+        self.engines: dict[int, EngineProcess] = {}
+        self._loop = asyncio.get_running_loop()
+        self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
+
+    async def start(self, timeout: float) -> Sequence[EngineProcess]:
+        """Start all engines at once and wait until all are ready; when one fails, stop all and raise.
+
+        Raises EngineStartError (with the child's traceback), or the ModelLoadError that the child raised.
+        """
+        ready = [self._start_engine(engine_id) for engine_id in range(self._num_engines)]
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(*ready)
+        except TimeoutError:
+            slow = next(engine for engine in self.engines.values() if engine.facts is None)
+            error = EngineStartError(
+                f"engine {slow.engine_id} was not ready within {timeout:g} s",
+                engine_id=slow.engine_id,
+                stderr_tail=slow.stderr_tail(),
+            )
+            await self.stop()
+            raise error from None
+        except BaseException:
+            await self.stop()
+            raise
+        return list(self.engines.values())
+
+    def _start_engine(self, engine_id: int, incarnation: int = 0) -> asyncio.Future[None]:
+        spec = EngineSpec(
+            engine_id=engine_id,
+            incarnation=incarnation,
+            num_engines=self._num_engines,
+            address=transport.engine_address(self.folder, engine_id, incarnation),
+            stderr_path=os.path.join(self.folder, f"engine-{engine_id}.{incarnation}.stderr"),
+            model=self._model,
+            config=self._config,
+        )
+        ours, theirs = make_lifeline()
+        process = start_process(f"engine-{engine_id}", run_engine, spec, theirs)
+        theirs.close()  # else the engine's end would stay open here, and its death would not close it
+        engine = EngineProcess(spec, process, ours)
+        self.engines[engine_id] = engine
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(ours.fileno(), self._on_lifeline, engine, ready)
+        self._loop.add_reader(process.sentinel, self._on_exit, engine, ready)
+        return ready
+
+    def _on_lifeline(self, engine: EngineProcess, ready: asyncio.Future[None]) -> None:
+        try:
+            message = messages.from_start_decoder.decode(engine.lifeline.recv_bytes())
+        except (EOFError, OSError, msgspec.MsgspecError):
+            self._loop.remove_reader(engine.lifeline.fileno())  # its exit follows, and tells the rest
+            return
+        match message:
+            case messages.Loading(phase, fraction):
+                self._on_loading(engine.engine_id, phase, fraction)
+            case messages.Ready(facts):
+                engine.facts = facts
+                _resolve(ready, None)
+            case messages.Failed():
+                engine.failure = message  # raised when it has exited, with its exit code
+
+    def _on_exit(self, engine: EngineProcess, ready: asyncio.Future[None]) -> None:
+        self._unwatch(engine)
+        while not ready.done() and _has_message(engine.lifeline):
+            self._on_lifeline(engine, ready)  # the reason may have been sent just before the exit
+        _resolve(ready, _start_error(engine))
+        if engine.facts is not None and self.engines.get(engine.engine_id) is engine:
+            del self.engines[engine.engine_id]
+            transport.unlink_address(engine.spec.address)
+            code = engine.exit_code
+            error = EngineDeadError(
+                f"engine {engine.engine_id} died ({describe_exit(code)})",
+                engine_id=engine.engine_id,
+                exit_code=code,
+                stderr_tail=engine.stderr_tail(),
+            )
+            self._on_death(engine, error)
+
+    def _unwatch(self, engine: EngineProcess) -> None:
+        self._loop.remove_reader(engine.process.sentinel)
+        if not engine.lifeline.closed:
+            self._loop.remove_reader(engine.lifeline.fileno())
+
+    async def stop(self) -> None:
+        """End all engines, collect them, and remove the folder. Bounded; idempotent."""
+        engines = list(self.engines.values())
+        self.engines.clear()
+        for engine in engines:
+            self._unwatch(engine)
+            engine.lifeline.close()
+        try:
+            await asyncio.gather(*(self._wait_exit(engine) for engine in engines))
+        finally:
+            self._finalizer.detach()
+            for engine in engines:
+                if engine.process.is_alive():
+                    engine.process.kill()
+            transport.remove_runtime_folder(self.folder)
+
+    async def _wait_exit(self, engine: EngineProcess) -> None:
+        exited = asyncio.Event()
+        self._loop.add_reader(engine.process.sentinel, exited.set)
+        try:
+            async with asyncio.timeout(_EXIT_GRACE_S):
+                await exited.wait()
+        except TimeoutError:
+            engine.process.kill()
+            await exited.wait()
+        finally:
+            self._loop.remove_reader(engine.process.sentinel)
+        engine.process.join()
+
+
+def describe_exit(code: int | None) -> str:
+    """How a process ended, for people: "exit code 1", "killed by SIGKILL"."""
+    if code is None:
+        return "exit code unknown"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _start_error(engine: EngineProcess) -> Exception:
+    failure = engine.failure
+    if failure is not None and failure.model_error is not None:
+        return ModelLoadError(failure.model_error)
+    code = engine.exit_code
+    text = f"engine {engine.engine_id} did not start ({describe_exit(code)})"
+    if failure is not None:
+        text += f"\n--- traceback in the engine process ---\n{failure.traceback.strip()}"
+    return EngineStartError(text, engine_id=engine.engine_id, exit_code=code, stderr_tail=engine.stderr_tail())
+
+
+def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+        future.exception()  # the first failure is raised; those of other engines are not "never retrieved"
+
+
+def _has_message(connection: Connection) -> bool:
+    try:
+        return not connection.closed and connection.poll()
+    except (OSError, EOFError):
+        return False
+
+
+def _end_all(owner_pid: int, engines: dict[int, EngineProcess], folder: str) -> None:
+    """For a client that was never closed: its loop is gone, so end the engines from here."""
+    if os.getpid() != owner_pid:
+        return  # a fork of the owner exits; the engines are not its own
+    for engine in engines.values():
+        engine.lifeline.close()
+    for engine in engines.values():
+        engine.process.join(_EXIT_GRACE_S)
+        if engine.process.is_alive():
+            engine.process.kill()
+            engine.process.join()
+    transport.remove_runtime_folder(folder)

@@ -1,0 +1,72 @@
+"""ZeroMQ sockets as both sides make them: addresses on this host, options, one place. No asyncio here.
+
+Sockets live in a folder of mode 0700, so that only their user can reach them. Every engine incarnation has a path of
+its own: an address is never bound twice, and a message for a dead engine cannot reach its successor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+
+import zmq
+
+# The longest path that fits sockaddr_un with room for the socket's own name.
+_MAX_FOLDER = 80
+
+
+def make_runtime_folder() -> str:
+    """A new private folder (0700) for sockets and engine logs, with a path short enough for a Unix socket."""
+    folder = tempfile.mkdtemp(prefix="asyncscale-")
+    if len(folder) > _MAX_FOLDER:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="asyncscale-", dir="/tmp")
+    return folder
+
+
+def remove_runtime_folder(folder: str) -> None:
+    """Remove the folder and what is in it; not an error when it is gone or half gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def coordinator_address(folder: str) -> str:
+    """Where the coordinator binds: what clients attach to."""
+    return f"ipc://{folder}/coordinator"
+
+
+def engine_address(folder: str, engine_id: int, incarnation: int) -> str:
+    """Where an incarnation of an engine binds."""
+    return f"ipc://{folder}/engine-{engine_id}.{incarnation}"
+
+
+def unlink_address(address: str) -> None:
+    """Remove the socket file of an ipc address."""
+    with contextlib.suppress(OSError):
+        os.unlink(address.removeprefix("ipc://"))
+
+
+def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """A ROUTER that raises EHOSTUNREACH when it sends to a peer that is gone, instead of dropping silently."""
+    socket = context.socket(zmq.ROUTER)
+    _common(socket)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.bind(address)
+    return socket
+
+
+def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes) -> zmq.Socket[bytes]:
+    """A DEALER under the client's identity."""
+    socket = context.socket(zmq.DEALER)
+    _common(socket)
+    socket.setsockopt(zmq.IDENTITY, identity)
+    socket.connect(address)
+    return socket
+
+
+def _common(socket: zmq.Socket[bytes]) -> None:
+    # Nothing waits at close; and a send never blocks: what is queued is bounded by the requests' own tokens.
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
