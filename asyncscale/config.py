@@ -30,6 +30,14 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     mean_output_tokens: int = 64
     load_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("base_ms", "decode_us", "prefill_us", "load_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, low in (("vocab_size", 258), ("max_model_len", 2), ("num_kv_blocks", 1), ("mean_output_tokens", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
 
 class CheckpointFiles(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
     """A model on local disk.
@@ -89,12 +97,29 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one engine process needs to know. `incarnation` counts its restarts: each has an address of its own."""
+    """All that one engine process needs to know. `incarnation` counts its restarts: each has an address of its own.
+
+    folder: private to the owner and its engines, for sockets and logs; it is gone when they are.
+    """
 
     engine_id: int
     incarnation: int
     num_engines: int
-    address: str
-    stderr_path: str
+    folder: str
     model: ModelSource
     config: EngineConfig
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other incarnation of any engine of the owner."""
+        return f"engine-{self.engine_id}.{self.incarnation}"
+
+    @property
+    def address(self) -> str:
+        """Where it binds its socket."""
+        return f"ipc://{self.folder}/{self.name}"
+
+    @property
+    def stderr_path(self) -> str:
+        """Where it writes its stderr."""
+        return f"{self.folder}/{self.name}.stderr"

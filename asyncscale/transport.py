@@ -36,11 +36,6 @@ def coordinator_address(folder: str) -> str:
     return f"ipc://{folder}/coordinator"
 
 
-def engine_address(folder: str, engine_id: int, incarnation: int) -> str:
-    """Where an incarnation of an engine binds."""
-    return f"ipc://{folder}/engine-{engine_id}.{incarnation}"
-
-
 def unlink_address(address: str) -> None:
     """Remove the socket file of an ipc address."""
     with contextlib.suppress(OSError):

@@ -114,8 +114,7 @@ class Supervisor:
             engine_id=engine_id,
             incarnation=incarnation,
             num_engines=self._num_engines,
-            address=transport.engine_address(self.folder, engine_id, incarnation),
-            stderr_path=os.path.join(self.folder, f"engine-{engine_id}.{incarnation}.stderr"),
+            folder=self.folder,
             model=self._model,
             config=self._config,
         )
@@ -129,12 +128,13 @@ class Supervisor:
         self._loop.add_reader(process.sentinel, self._on_exit, engine, ready)
         return ready
 
-    def _on_lifeline(self, engine: EngineProcess, ready: asyncio.Future[None]) -> None:
+    def _on_lifeline(self, engine: EngineProcess, ready: asyncio.Future[None]) -> bool:
+        """Take what the engine says while it starts. Whether it may say more."""
         try:
             message = messages.from_start_decoder.decode(engine.lifeline.recv_bytes())
         except (EOFError, OSError, msgspec.MsgspecError):
             self._loop.remove_reader(engine.lifeline.fileno())  # its exit follows, and tells the rest
-            return
+            return False
         match message:
             case messages.Loading(phase, fraction):
                 self._on_loading(engine.engine_id, phase, fraction)
@@ -143,11 +143,12 @@ class Supervisor:
                 _resolve(ready, None)
             case messages.Failed():
                 engine.failure = message  # raised when it has exited, with its exit code
+        return True
 
     def _on_exit(self, engine: EngineProcess, ready: asyncio.Future[None]) -> None:
         self._unwatch(engine)
-        while not ready.done() and _has_message(engine.lifeline):
-            self._on_lifeline(engine, ready)  # the reason may have been sent just before the exit
+        while not ready.done() and _is_readable(engine.lifeline) and self._on_lifeline(engine, ready):
+            pass  # the reason may have been sent just before the exit
         _resolve(ready, _start_error(engine))
         if engine.facts is not None and self.engines.get(engine.engine_id) is engine:
             del self.engines[engine.engine_id]
@@ -227,7 +228,7 @@ def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
         future.exception()  # the first failure is raised; those of other engines are not "never retrieved"
 
 
-def _has_message(connection: Connection) -> bool:
+def _is_readable(connection: Connection) -> bool:
     try:
         return not connection.closed and connection.poll()
     except (OSError, EOFError):

@@ -29,7 +29,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     """Load the model of `spec`, tell the supervisor on `lifeline`, then serve until the lifeline closes."""
     _take_over_stdio(spec.stderr_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides what it means
-    threading.Thread(target=_end_with_owner, args=(lifeline, spec.address), name="lifeline", daemon=True).start()
+    threading.Thread(target=_end_with_owner, args=(lifeline, spec.folder), name="lifeline", daemon=True).start()
 
     def tell(message: messages.FromStart) -> None:
         lifeline.send_bytes(messages.encoder.encode(message))
@@ -68,12 +68,12 @@ def _take_over_stdio(stderr_path: str) -> None:
     os.close(null)
 
 
-def _end_with_owner(lifeline: Connection, address: str) -> None:
+def _end_with_owner(lifeline: Connection, folder: str) -> None:
     try:
         while True:
             lifeline.recv_bytes()  # the owner sends nothing: this returns only by raising
     except (EOFError, OSError):
-        transport.unlink_address(address)
+        transport.remove_runtime_folder(folder)  # an owner that was killed could not
         sys.stderr.flush()
         os._exit(0)
 
