@@ -48,7 +48,7 @@ def fetch_from_hub(model: HubModel, progress: Progress) -> Path:
     """The model's folder, or its GGUF file, in huggingface_hub's cache; missing files are downloaded.
 
     When the hub is switched off (HF_HUB_OFFLINE) or does not answer within seconds, a complete snapshot in the cache is
-    used.     Raises ModelLoadError with the reason.
+    used. Raises ModelLoadError with the reason.
     """
     if _is_true("HF_HUB_OFFLINE") or _is_true("TRANSFORMERS_OFFLINE"):
         return _from_cache(model, "HF_HUB_OFFLINE is set")

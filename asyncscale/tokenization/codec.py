@@ -1,4 +1,4 @@
-"""What a client needs from a tokenizer, whatever it is made of."""
+"""What a client needs of a tokenizer: text to token ids, and back as a stream."""
 
 from __future__ import annotations
 
@@ -7,48 +7,59 @@ from typing import Any, Protocol
 
 from asyncscale.config import ModelSource, SimulatedModel
 
+Message = Mapping[str, Any]
+
 
 class Detokenizer(Protocol):
-    """One choice's tokens to text, as they come."""
+    """Text of one stream of tokens. All that it returns, concatenated, is the codec's `decode` of all the tokens."""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now."""
+        """The text that is certain now, perhaps none; never half a UTF-8 character."""
 
     def finish(self) -> str:
-        """The rest, when no more tokens come."""
+        """No more tokens come: the text that had been held back."""
 
 
 class TextCodec(Protocol):
-    """Text to token ids and back. Safe to use for many requests at once."""
+    """Tokenization for one model.
+
+    vocab_size: number of token ids that the tokenizer knows (the model may have a few more).
+    eos_token_ids: tokens that end an answer.
+    generation_defaults: the checkpoint's own sampling defaults, by the names of SamplingParams.
+    """
 
     @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end an answer."""
+    def vocab_size(self) -> int: ...
 
     @property
-    def generation_defaults(self) -> Mapping[str, float | int]:
-        """Sampling parameters that the model's authors recommend."""
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    @property
+    def generation_defaults(self) -> Mapping[str, float | int]: ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the model's own tokenizer adds."""
+        """Token ids of a prompt, with the special tokens that the checkpoint adds. Raises InvalidRequestError."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of all the tokens."""
+        """Their text. Ids that the tokenizer does not know have none."""
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any) -> str:
+        """The conversation as one text, in the model's own chat template. Raises InvalidRequestError."""
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. Raises InvalidRequestError."""
+        """Token ids of `chat(...)`; the template writes all special tokens itself. Raises InvalidRequestError."""
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Every token sequence that spells one of the words."""
+        """Token sequences that spell each word, alone and after a space."""
 
     def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
-        """For one choice of one request."""
+        """A new stream."""
 
 
 def load_codec(source: ModelSource) -> TextCodec:
-    """The tokenizer of a model. Raises ModelLoadError."""
+    """The codec of a model; blocks while it reads the files. Raises ModelLoadError."""
     if isinstance(source, SimulatedModel):
         from asyncscale.tokenization.simulated import SimulatedTokenizer
 
