@@ -46,6 +46,7 @@ def _invert(weights: Float64, uniforms: Float64) -> tuple[Int64, Float64]:
     target = uniforms * cumulative[:, -1]
     index = (cumulative <= target[:, None]).sum(1)
     before = np.where(index > 0, cumulative[rows, index - 1], 0.0)
+    # Rounding could make the quotient one.
     return index, np.clip((target - before) / weights[rows, index], 0.0, _BELOW_ONE)
 
 

@@ -20,14 +20,14 @@ def is_penalized(sampling: Sampling) -> bool:
 
 
 class RowPenalties:
-    """One request's penalties and the tokens that they apply to."""
+    """One request's penalties and the tokens that they apply to. Prompt tokens that have no logit are left out."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, vocab_size: int) -> None:
         sampling = request.sampling
         prompt, generated = np.split(request.token_ids, [request.num_prompt_tokens])
         self.factors = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         # Only the repetition penalty looks at the prompt.
-        self.counts = TokenCounts(prompt if sampling.repetition_penalty != 1 else prompt[:0])
+        self.counts = TokenCounts(prompt[prompt < vocab_size] if sampling.repetition_penalty != 1 else prompt[:0])
         self.counts.extend(generated)
 
     def update(self, generated: Int32) -> None:

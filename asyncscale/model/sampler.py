@@ -68,7 +68,7 @@ class Sampler:
         if error := _out_of_range(sampling, self._vocab_size):
             self._invalid[row] = error
         if is_penalized(sampling):
-            self._penalties[row] = RowPenalties(request)
+            self._penalties[row] = RowPenalties(request, self._vocab_size)
         top_k = sampling.top_k if 0 < sampling.top_k < self._vocab_size else 0
         logprobs = _NO_LOGPROBS if sampling.logprobs is None else min(sampling.logprobs, self._vocab_size)
         self._rows[row] = (
