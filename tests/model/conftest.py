@@ -1,0 +1,97 @@
+"""A driver that stands in for the scheduler, so that a runner can be tested with any batches and any block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
+from asyncscale.engine.batch import Batch, SequenceTable, StepResult
+from asyncscale.engine.request import Request
+from asyncscale.model.torch_runner import TorchRunner
+from asyncscale.params import Sampling
+
+BLOCK_SIZE = 4
+
+
+class Driver:
+    """Runs prompts greedily to `max_tokens` each; every sequence's blocks are scattered over the cache at random.
+
+    Each step holds one chunk (of at most `chunk` tokens) of every sequence of `waves` so far, decodes included. A wave
+    is added each time that a step is over, so that later waves prefill while earlier ones decode.
+    """
+
+    def __init__(self, runner: TorchRunner, max_num_seqs: int, seed: int = 0) -> None:
+        self.runner = runner
+        self.table = SequenceTable(max_num_seqs, runner.max_model_len, BLOCK_SIZE)
+        self.logprobs: list[list[list[float]]] = []
+        self.prompt_logprobs: dict[int, list[list[float]]] = {}
+        self._free = np.random.default_rng(seed).permutation(runner.num_blocks).tolist()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, chunk: int = 512, wave: int = 512, top: int = 0
+    ) -> list[list[int]]:
+        """The generated tokens of each prompt. wave: how many sequences begin at once. top: logprobs per position."""
+        sampling = Sampling(max_tokens=max_tokens, logprobs=top or None, prompt_logprobs=top or None)
+        self.logprobs = [[] for _ in prompts]
+        self.prompt_logprobs = {row: [] for row in range(len(prompts))}
+        lengths = np.array([len(prompt) + max_tokens for prompt in prompts], np.int32)
+        for row, prompt in enumerate(prompts):
+            self._place(row, prompt, int(lengths[row]))
+            self.runner.add(row, Request(b"", row, np.array(prompt, np.int32), len(prompt), sampling))
+        begun = 0
+        while (self.table.num_tokens[: len(prompts)] < lengths).any():
+            begun = min(begun + wave, len(prompts))
+            rows = np.flatnonzero(self.table.num_tokens[:begun] < lengths[:begun]).astype(np.int32)
+            self._step(rows, chunk)
+        for row in range(len(prompts)):
+            self.runner.remove(row)
+        return [self.table.token_ids[i, len(p) : lengths[i]].tolist() for i, p in enumerate(prompts)]
+
+    def _place(self, row: int, prompt: Sequence[int], length: int) -> None:
+        num_blocks = -(-length // BLOCK_SIZE)
+        self.table.block_table[row, :num_blocks] = [self._free.pop() for _ in range(num_blocks)]
+        self.table.token_ids[row, : len(prompt)] = prompt
+        self.table.num_tokens[row] = self.table.num_prompt_tokens[row] = len(prompt)
+        self.table.num_computed_tokens[row] = 0
+
+    def _step(self, rows: np.ndarray, chunk: int) -> None:
+        table = self.table
+        counts = np.minimum(table.num_tokens[rows] - table.num_computed_tokens[rows], chunk)
+        result = self.runner.execute(Batch(table, rows, counts))
+        assert not result.errors
+        table.num_computed_tokens[rows] += counts
+        complete = rows[table.num_computed_tokens[rows] == table.num_tokens[rows]]
+        assert result.rows.tolist() == complete.tolist()
+        table.token_ids[complete, table.num_tokens[complete]] = result.token_ids
+        table.num_tokens[complete] += 1
+        self._keep_logprobs(result)
+
+    def _keep_logprobs(self, result: StepResult) -> None:
+        for row, entry in result.logprobs.items():
+            self.logprobs[row].append(entry.logprobs)
+        for row, entries in result.prompt_logprobs.items():
+            self.prompt_logprobs[row] += [entry.logprobs for entry in entries]
+
+
+@pytest.fixture
+def make_runner() -> Callable[..., TorchRunner]:
+    """A float32 runner of checkpoint files; keywords go to EngineConfig."""
+
+    def make(files: CheckpointFiles, **config: object) -> TorchRunner:
+        options = {"dtype": "float32", "block_size": BLOCK_SIZE, "num_kv_blocks": 512, "threads_per_engine": 1} | config
+        return TorchRunner(
+            EngineSpec(
+                engine_id=0, incarnation=0, num_engines=1, folder="", model=files,
+                config=EngineConfig(**options),
+            )
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def drive() -> type[Driver]:
+    return Driver
