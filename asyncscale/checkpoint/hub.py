@@ -64,34 +64,36 @@ def fetch_from_hub(model: HubModel, progress: Progress) -> Path:
 def _list_files(model: HubModel) -> tuple[dict[str, int], str]:
     """The repository's files and their sizes in bytes; or why the hub cannot be asked."""
     from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=_endpoint(), library_name="asyncscale")
+    try:
+        info = api.model_info(model.repo_id, revision=model.revision, timeout=ANSWER_TIMEOUT_S, files_metadata=True)
+    except Exception as error:  # connection errors: their classes belong to the HTTP library that huggingface_hub uses
+        if refusal := _refusal(model, error):
+            raise ModelLoadError(refusal) from error
+        return {}, repr(error)
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}, ""
+
+
+def _refusal(model: HubModel, error: Exception) -> str:
+    """What the hub's answer means, when it did answer; else nothing."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    api = HfApi(endpoint=_endpoint(), library_name="asyncscale")
-    try:
-        info = api.model_info(model.repo_id, revision=model.revision, timeout=ANSWER_TIMEOUT_S, files_metadata=True)
-    except GatedRepoError as error:
-        raise ModelLoadError(
-            f"{model.repo_id} is gated: accept its terms at {_endpoint()}/{model.repo_id} and set HF_TOKEN"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelLoadError(
-            f"{_endpoint()} has no model {model.repo_id} (a private one needs HF_TOKEN), and no such path exists here"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelLoadError(f"{model.repo_id} has no revision {model.revision!r}") from error
-    except HFValidationError as error:
-        raise ModelLoadError(f"{model.repo_id!r} is no hub id: {error}") from error
-    except HfHubHTTPError as error:
-        return {}, f"it answered {error}"
-    except Exception as error:  # connection errors: their classes belong to the HTTP library that huggingface_hub uses
-        return {}, repr(error)
-    return {file.rfilename: file.size or 0 for file in info.siblings or ()}, ""
+    match error:
+        case GatedRepoError():
+            return f"{model.repo_id} is gated: accept its terms at {_endpoint()}/{model.repo_id} and set HF_TOKEN"
+        case RepositoryNotFoundError():
+            return f"{_endpoint()} has no model {model.repo_id} (a private one needs HF_TOKEN), and no such path exists"
+        case RevisionNotFoundError():
+            return f"{model.repo_id} has no revision {model.revision!r}"
+        case HFValidationError():
+            return f"{model.repo_id!r} is no hub id: {error}"
+    return ""
 
 
 def _wanted(model: HubModel, files: list[str]) -> list[str]:
@@ -153,7 +155,8 @@ def _snapshot(model: HubModel, patterns: list[str], *, local_files_only: bool) -
     except Exception as error:  # of many classes: the HTTP library's, the file system's, huggingface_hub's
         if local_files_only and isinstance(error, LocalEntryNotFoundError):
             raise
-        raise ModelLoadError(f"fetching {model.repo_id} from {_endpoint()} failed: {error!r}") from error
+        reason = _refusal(model, error) or f"fetching {model.repo_id} from {_endpoint()} failed: {error!r}"
+        raise ModelLoadError(reason) from error
 
 
 @contextlib.contextmanager
@@ -166,8 +169,10 @@ def _reported(model: HubModel, files: Mapping[str, int], patterns: list[str], pr
     before, finished = _folder_bytes(blobs), threading.Event()
 
     def report() -> None:
-        while not finished.wait(_POLL_S):
-            if grown := _folder_bytes(blobs) - before:
+        over = False
+        while not over:
+            over = finished.wait(_POLL_S)
+            if (grown := _folder_bytes(blobs) - before) > 0:
                 progress(f"fetching {model.repo_id}", min(grown, total), total)
 
     own_bars = not are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ

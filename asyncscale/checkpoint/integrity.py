@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises ModelLoadError when there are none, or when one that the index names is missing.
     """
     if not (folder / INDEX_NAME).is_file():
-        if files := sorted(folder.glob("*.safetensors")):
-            return files
-        raise ModelLoadError(
-            f"{folder} has no weights: no *.safetensors file{_pickle_hint(folder)}{_gguf_hint(folder)}"
-        )
+        return _files_without_index(folder)
     weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadError(f"{folder / INDEX_NAME} has no weight_map")
@@ -60,11 +57,24 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise ModelLoadError(f"{folder / INDEX_NAME} names a file outside its folder: {name!r}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ModelLoadError(
-            f"{folder} is incomplete: of {len(names)} weight files in {INDEX_NAME}, {', '.join(missing)} missing"
-        )
+    _check_present(folder, names)
     return [folder / name for name in names]
+
+
+def _files_without_index(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelLoadError(f"{folder} has no weights, no *.safetensors{_pickle_hint(folder)}{_gguf_hint(folder)}")
+    for file in files:  # "model-00001-of-00003.safetensors" tells how many there are
+        if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", file.name):
+            count = int(match[3])
+            _check_present(folder, [f"{match[1]}{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)])
+    return files
+
+
+def _check_present(folder: Path, names: list[str]) -> None:
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelLoadError(f"{folder} is incomplete: of {len(names)} weight files, missing: {', '.join(missing)}")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
