@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+_MAX_NUM_SEQS = 65_536
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -87,6 +89,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if self.max_num_seqs > _MAX_NUM_SEQS:
+            raise ValueError(f"max_num_seqs must be at most {_MAX_NUM_SEQS}, got {self.max_num_seqs}")
         if not 0 < self.kv_cache_memory_fraction <= 1:
             raise ValueError(f"kv_cache_memory_fraction must be in (0, 1], got {self.kv_cache_memory_fraction}")
         if self.max_num_batched_tokens < self.max_num_seqs:

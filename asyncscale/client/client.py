@@ -179,14 +179,14 @@ class AsyncScaleClient:
             return
         self._check_loop()
         if self._closing is None:
+            drain = drain and self._state is _State.RUNNING
+            self._state = _State.CLOSING
             self._closing = asyncio.ensure_future(self._close(drain, timeout))
         await asyncio.shield(self._closing)
 
     async def _close(self, drain: bool, timeout: float | None) -> None:
-        was_running = self._state is _State.RUNNING
-        self._state = _State.CLOSING
         try:
-            if drain and was_running:
+            if drain:
                 async with asyncio.timeout(timeout):
                     await self._dispatcher.wait_idle()
         except TimeoutError:

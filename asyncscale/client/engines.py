@@ -15,7 +15,7 @@ import zmq
 from asyncscale import messages, transport
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.loop_socket import LoopSocket
-from asyncscale.client.supervisor import EngineProcess, LoadingCallback, Supervisor, describe_exit
+from asyncscale.client.supervisor import EngineProcess, LoadingCallback, Supervisor
 from asyncscale.config import EngineConfig, ModelSource
 from asyncscale.errors import AsyncScaleError, EngineDeadError
 
@@ -175,6 +175,6 @@ EnginesFactory = Callable[[zmq.Context[zmq.Socket[bytes]], bytes, EngineEvents],
 def _member(engine: EngineProcess) -> messages.Member:
     facts = engine.facts
     if facts is None:
-        raise AssertionError(f"engine {engine.engine_id} is started but not ready ({describe_exit(engine.exit_code)})")
+        raise RuntimeError(f"engine {engine.engine_id} is not ready")
     load = messages.Load(0, 0, 0, 0, 0, facts.num_blocks)
     return messages.Member(engine.engine_id, engine.spec.incarnation, engine.spec.address, facts, load)

@@ -46,10 +46,18 @@ class EngineProcess:
     def pid(self) -> int | None:
         return self.process.pid
 
-    @property
-    def exit_code(self) -> int | None:
-        self.process.join(0)  # an exit that the sentinel has shown may not have been collected yet
+    def collect_exit_code(self) -> int | None:
+        """Of a process that its sentinel has shown to be ending: it becomes collectable within moments."""
+        self.process.join(_EXIT_GRACE_S)
         return self.process.exitcode
+
+    def release(self) -> None:
+        """Kill the process if it still runs, collect it, and close its descriptors."""
+        self.lifeline.close()
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.process.close()
 
     def stderr_tail(self) -> str:
         """The end of what the process wrote to stderr."""
@@ -153,13 +161,14 @@ class Supervisor:
         if engine.facts is not None and self.engines.get(engine.engine_id) is engine:
             del self.engines[engine.engine_id]
             transport.unlink_address(engine.spec.address)
-            code = engine.exit_code
+            code = engine.collect_exit_code()
             error = EngineDeadError(
                 f"engine {engine.engine_id} died ({describe_exit(code)})",
                 engine_id=engine.engine_id,
                 exit_code=code,
                 stderr_tail=engine.stderr_tail(),
             )
+            engine.release()
             self._on_death(engine, error)
 
     def _unwatch(self, engine: EngineProcess) -> None:
@@ -179,8 +188,7 @@ class Supervisor:
         finally:
             self._finalizer.detach()
             for engine in engines:
-                if engine.process.is_alive():
-                    engine.process.kill()
+                engine.release()
             transport.remove_runtime_folder(self.folder)
 
     async def _wait_exit(self, engine: EngineProcess) -> None:
@@ -190,11 +198,9 @@ class Supervisor:
             async with asyncio.timeout(_EXIT_GRACE_S):
                 await exited.wait()
         except TimeoutError:
-            engine.process.kill()
-            await exited.wait()
+            pass  # it is killed when it is released
         finally:
             self._loop.remove_reader(engine.process.sentinel)
-        engine.process.join()
 
 
 def describe_exit(code: int | None) -> str:
@@ -211,7 +217,7 @@ def _start_error(engine: EngineProcess) -> Exception:
     failure = engine.failure
     if failure is not None and failure.model_error is not None:
         return ModelLoadError(failure.model_error)
-    code = engine.exit_code
+    code = engine.collect_exit_code()
     text = f"engine {engine.engine_id} did not start ({describe_exit(code)})"
     if failure is not None:
         text += f"\n--- traceback in the engine process ---\n{failure.traceback.strip()}"
@@ -243,7 +249,5 @@ def _end_all(owner_pid: int, engines: dict[int, EngineProcess], folder: str) -> 
         engine.lifeline.close()
     for engine in engines.values():
         engine.process.join(_EXIT_GRACE_S)
-        if engine.process.is_alive():
-            engine.process.kill()
-            engine.process.join()
+        engine.release()
     transport.remove_runtime_folder(folder)

@@ -1,0 +1,56 @@
+"""Real processes: whatever a test starts must be gone when it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+@pytest.fixture
+def runtime_folders() -> Iterator[Path]:
+    """Where clients of this test, and of scripts that inherit its environment, make their private folders."""
+    folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    variable, os.environ["TMPDIR"] = os.environ.get("TMPDIR"), folder
+    try:
+        yield Path(folder)
+    finally:
+        tempfile.tempdir = before
+        if variable is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = variable
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over(runtime_folders: Path) -> Iterator[None]:
+    """Fails the test that leaves a process, a thread, a descriptor or a file behind."""
+    me = psutil.Process()
+    # Made once per process by the standard library, on first use; they are no leak of the test that comes first.
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()
+    children, threads, descriptors = set(me.children(recursive=True)), set(threading.enumerate()), me.num_fds()
+    yield
+    wait_until(lambda: not (set(me.children(recursive=True)) - children), "child processes are gone")
+    wait_until(lambda: not (set(threading.enumerate()) - threads), "threads are gone")
+    wait_until(lambda: me.num_fds() <= descriptors, "descriptors are closed")
+    assert [path.name for path in runtime_folders.iterdir() if path.name.startswith("asyncscale-")] == []
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+    """Poll for something that no event tells of, such as another process's end."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout:g} s, and it is still not so that {what}")
+        time.sleep(0.005)

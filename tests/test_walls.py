@@ -1,0 +1,100 @@
+"""The walls between the parts: who may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import asyncscale
+
+PACKAGE = Path(asyncscale.__file__).parent
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside functions, but not only for type checking."""
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and isinstance(branch.test, ast.Name) and branch.test.id == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(*parts: str) -> list[Path]:
+    found = [
+        path
+        for part in parts
+        for path in ([PACKAGE / part] if part.endswith(".py") else (PACKAGE / part).rglob("*.py"))
+    ]
+    assert found
+    return found
+
+
+def violations(paths: list[Path], *forbidden: str) -> list[str]:
+    return [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in paths
+        for name in imports(path)
+        if any(name == module or name.startswith(module + ".") for module in forbidden)
+    ]
+
+
+def test_engine_and_model_never_import_asyncio_or_the_client() -> None:
+    assert violations(files("engine", "model"), "asyncio", "uvloop", "asyncscale.client", "asyncscale.bench") == []
+
+
+def test_the_client_knows_the_engine_only_by_its_entry_point() -> None:
+    paths = files("client")
+    engine = [
+        v for v in violations(paths, "asyncscale.engine", "asyncscale.model") if "engine.process.run_engine" not in v
+    ]
+    assert engine == []
+
+
+def test_decisions_do_no_io() -> None:
+    pure = files(
+        "client/router.py",
+        "client/stream.py",
+        "engine/core.py",
+        "engine/scheduler.py",
+        "engine/block_pool.py",
+        "messages.py",
+        "params.py",
+    )
+    assert violations(pure, "zmq", "socket", "subprocess", "multiprocessing", "threading", "os") == []
+
+
+def test_only_the_model_and_benchmarks_import_torch() -> None:
+    others = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("model", "kernels")]
+    assert violations(others, "torch", "transformers") == []
+
+
+def test_the_library_never_imports_transformers_and_never_unpickles() -> None:
+    assert violations(list(PACKAGE.rglob("*.py")), "transformers", "pickle", "cloudpickle", "dill") == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import asyncscale", "torch transformers asyncio zmq numpy tokenizers"),
+        ("from asyncscale import AsyncScaleClient", "torch transformers tokenizers huggingface_hub jinja2 gguf"),
+        ("import asyncscale.engine.process", "torch transformers asyncio uvloop tokenizers"),
+    ],
+)
+def test_importing_stays_light(statement: str, absent: str) -> None:
+    code = f"import sys; {statement}; print([name for name in {absent.split()} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
