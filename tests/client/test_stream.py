@@ -202,11 +202,10 @@ async def test_an_error_reaches_every_reader_after_the_tokens_that_came_before_i
     push_text(stream, "ab")
     stream.fail(RequestAbortedError("aborted"))
     generation = Generation(stream, lambda *_: None)
-    seen = []
+    tokens = aiter(generation)
+    assert [str(await anext(tokens)), str(await anext(tokens))] == ["a", "b"]
     with pytest.raises(RequestAbortedError):
-        async for token in generation:
-            seen.append(str(token))
-    assert seen == ["a", "b"]
+        await anext(tokens)
     with pytest.raises(RequestAbortedError):
         await generation
 

@@ -328,7 +328,7 @@ async def test_an_engine_that_is_killed_while_it_loads_raises_how_it_ended() -> 
 
 
 async def test_start_is_bounded() -> None:
-    with pytest.raises(EngineStartError, match="not ready within 0.3 s"):
+    with pytest.raises(EngineStartError, match=r"not ready within 0\.3 s"):
         await AsyncScaleClient(SimulatedModel(load_s=60), num_engines=2, start_timeout=0.3).start()
 
 
