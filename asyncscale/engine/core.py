@@ -45,10 +45,11 @@ class EngineCore:
         self._stops = StopConditions(self._scheduler.table, runner.vocab_size)
         self._scheduler.listeners = (runner, self._stops, self._outbox)
         self._clients: dict[bytes, dict[int, Request]] = {}  # requests alive, by client and id
+        self._num_alive = 0
         self._num_arrived = 0
         self._step = 0
         self.load_version = 0
-        self.methods: dict[str, Callable[[], object]] = {
+        self.methods: dict[str, Callable[..., object]] = {
             "reset_prefix_cache": self._scheduler.pool.reset_cache,
             "kv_cache_stats": self.kv_cache_stats,
         }
@@ -69,6 +70,7 @@ class EngineCore:
         else:
             choices = make_choices(message, client, arrival=self._clock(), first_order=self._num_arrived)
             self._num_arrived += len(choices)
+            self._num_alive += len(choices)
             self._clients.setdefault(client, {}).update((request.request_id, request) for request in choices)
             self._queue_with_siblings(choices)
             self.load_version += 1
@@ -101,9 +103,9 @@ class EngineCore:
     def load(self, client: bytes) -> Load:
         """The counts of this moment; waiting counts all that are alive and hold no row."""
         running, pool = self._scheduler.num_running, self._scheduler.pool
-        alive = sum(map(len, self._clients.values()))
+        waiting = self._num_alive - running
         mine = len(self._clients.get(client, ()))
-        return Load(self._step, running, alive - running, mine, pool.num_blocks - pool.num_free, pool.num_blocks)
+        return Load(self._step, running, waiting, mine, pool.num_blocks - pool.num_free, pool.num_blocks)
 
     def by_client(self) -> dict[bytes, int]:
         """How many requests each client has here; clients without any are left out."""
@@ -195,6 +197,7 @@ class EngineCore:
         self._scheduler.remove(request)
         alive = self._clients[request.client]
         del alive[request.request_id]
+        self._num_alive -= 1
         if not alive:
             del self._clients[request.client]
             self._outbox.forget(request.client)
