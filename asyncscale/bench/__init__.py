@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m asyncscale.bench`."""
+"""Benchmarks: `python -m asyncscale.bench COMMAND`."""
