@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncscale.config import SimulatedModel
-from asyncscale.errors import InvalidRequestError, ModelLoadError
+from asyncscale.errors import InvalidRequestError
 from asyncscale.tokenization.chat import check_messages
 from asyncscale.tokenization.codec import Detokenizer, Message
 from asyncscale.tokenization.detokenizer import ByteDetokenizer, TokenBytes, token_bytes
@@ -18,10 +18,6 @@ class SimulatedTokenizer:
     """A `TextCodec`: ids 0 to 255 are bytes of UTF-8 text, 256 ends an answer, the others are words like " w1234"."""
 
     def __init__(self, model: SimulatedModel) -> None:
-        if model.vocab_size <= EOS_TOKEN_ID + 1:
-            raise ModelLoadError(
-                f"SimulatedModel.vocab_size must be greater than {EOS_TOKEN_ID + 1}, got {model.vocab_size}"
-            )
         self.vocab_size = model.vocab_size
         self.eos_token_ids = frozenset({EOS_TOKEN_ID})
         self.generation_defaults: Mapping[str, float | int] = {}
