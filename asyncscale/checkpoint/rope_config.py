@@ -60,7 +60,8 @@ def _fields(config: Mapping[str, Any], stated: Mapping[str, Any], rope_type: str
     # Where a config states it outside of the RoPE parameters, transformers lets that win.
     longest = config["max_position_embeddings"]
     original = config.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")
-    fields["original_max_position_embeddings"] = original or longest
+    # Dynamic scaling sets in beyond max_position_embeddings, whatever else is stated.
+    fields["original_max_position_embeddings"] = longest if rope_type == "dynamic" else original or longest
     if rope_type == "yarn" and original and "factor" not in fields:
         fields["factor"] = longest / original
     return fields

@@ -28,32 +28,33 @@ _LAYER = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_gguf(path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+def read_gguf(
+    file: GGUFFile, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of `shapes`, float32. Raises ModelLoadError, naming the tensor as the file does."""
-    file = GGUFFile(path)
     names = {name: gguf_name(name) for name in shapes}
     unknown = file.tensors.keys() - names.values() - {_ROPE_FACTORS}
     if unknown:
-        raise ModelLoadError(f"{path}: tensor {min(unknown)!r} is not part of a {config.architecture}")
+        raise ModelLoadError(f"{file.path}: tensor {min(unknown)!r} is not part of a {config.architecture}")
     for name, stored in names.items():
         if stored not in file.tensors:
-            raise ModelLoadError(f"{path}: tensor {stored!r} is missing")
+            raise ModelLoadError(f"{file.path}: tensor {stored!r} is missing")
         if file.tensors[stored].shape != shapes[name]:
             raise ModelLoadError(
-                f"{path}: tensor {stored!r} has the shape {file.tensors[stored].shape}, expected {shapes[name]}"
+                f"{file.path}: tensor {stored!r} has the shape {file.tensors[stored].shape}, expected {shapes[name]}"
             )
         tensor = torch.from_numpy(file.tensors[stored].dequantize())
         yield name, _rotation_halves(tensor, config) if _is_permuted(name, config) else tensor
 
 
-def read_rope_factors(path: str, config: ModelConfig) -> Tensor | None:
+def read_rope_factors(file: GGUFFile, config: ModelConfig) -> Tensor | None:
     """What RoPE's frequencies are divided by, float32[head_dim / 2], if the file says so (Llama 3.1's scaling)."""
-    stored = GGUFFile(path).tensors.get(_ROPE_FACTORS)
+    stored = file.tensors.get(_ROPE_FACTORS)
     if stored is None:
         return None
     if stored.shape != (config.head_dim // 2,):
         raise ModelLoadError(
-            f"{path}: tensor {_ROPE_FACTORS!r} has the shape {stored.shape}, expected {(config.head_dim // 2,)}"
+            f"{file.path}: tensor {_ROPE_FACTORS!r} has the shape {stored.shape}, expected {(config.head_dim // 2,)}"
         )
     return torch.from_numpy(stored.dequantize())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -36,6 +37,7 @@ class TorchRunner:
         runner = TorchRunner(spec, progress=lambda stage, fraction: ...)
         result = runner.execute(batch)
 
+    supports_prefix_caching: whether keys and values depend on nothing but the tokens up to their own.
     Raises ModelLoadError where the checkpoint cannot be read or there is not enough memory.
     """
 
@@ -53,6 +55,7 @@ class TorchRunner:
         self._windows = set(model.layer_windows)
         self.vocab_size = model.vocab_size
         self.max_model_len = _max_model_len(config, model)
+        self.supports_prefix_caching = self.max_model_len <= _longest_shared_prefix(model)
         self.dtype = str(dtype).removeprefix("torch.")
         self.num_blocks = _num_blocks(spec, model, self.max_model_len, dtype, device)
         self._cache = KVCache(model, self.num_blocks, config.block_size, dtype, device)
@@ -168,6 +171,11 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ModelLoadError(f"max_model_len is {config.max_model_len}, but the model's context is {longest} tokens")
     return config.max_model_len or longest
+
+
+def _longest_shared_prefix(model: ModelConfig) -> float:
+    """Up to which context equal prefixes have equal keys: dynamic RoPE turns keys by the prompt's length beyond it."""
+    return model.rope.original_max_position_embeddings if model.rope.type == "dynamic" else math.inf
 
 
 def _num_blocks(

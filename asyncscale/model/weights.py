@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
@@ -47,8 +48,9 @@ def load_weights(
     shapes = weight_shapes(config)
     factors = None
     if files.format == "gguf":
-        source = read_gguf(files.path, config, shapes)
-        factors = read_rope_factors(files.path, config)
+        file = GGUFFile(files.path)
+        source = read_gguf(file, config, shapes)
+        factors = read_rope_factors(file, config)
     else:
         source = _read_safetensors(files.path, config, shapes)
     tensors: dict[str, Tensor] = {}

@@ -1,11 +1,15 @@
-"""A driver that stands in for the scheduler, so that a runner can be tested with any batches and any block tables."""
+"""Tiny random checkpoints; and a driver that stands in for the scheduler, for any batches and any block tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch, SequenceTable, StepResult
@@ -19,8 +23,8 @@ BLOCK_SIZE = 4
 class Driver:
     """Runs prompts greedily to `max_tokens` each; every sequence's blocks are scattered over the cache at random.
 
-    Each step holds one chunk (of at most `chunk` tokens) of every sequence of `waves` so far, decodes included. A wave
-    is added each time that a step is over, so that later waves prefill while earlier ones decode.
+    Each step holds one chunk (of at most `chunk` tokens) of every sequence that has begun, decodes included. `wave`
+    more sequences begin with each step, so that later ones compute their prompts while earlier ones decode.
     """
 
     def __init__(self, runner: TorchRunner, max_num_seqs: int, seed: int = 0) -> None:
@@ -31,15 +35,26 @@ class Driver:
         self._free = np.random.default_rng(seed).permutation(runner.num_blocks).tolist()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, chunk: int = 512, wave: int = 512, top: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        chunk: int = 512,
+        wave: int = 512,
+        top: int = 0,
+        num_prompt_tokens: int | None = None,
     ) -> list[list[int]]:
-        """The generated tokens of each prompt. wave: how many sequences begin at once. top: logprobs per position."""
+        """The generated tokens of each prompt. wave: how many sequences begin at once. top: logprobs per position.
+
+        num_prompt_tokens: how many of each prompt's tokens were not generated earlier; None is all.
+        """
         sampling = Sampling(max_tokens=max_tokens, logprobs=top or None, prompt_logprobs=top or None)
         self.logprobs = [[] for _ in prompts]
         self.prompt_logprobs = {row: [] for row in range(len(prompts))}
         lengths = np.array([len(prompt) + max_tokens for prompt in prompts], np.int32)
         for row, prompt in enumerate(prompts):
             self._place(row, prompt, int(lengths[row]))
+            if num_prompt_tokens is not None:
+                self.table.num_prompt_tokens[row] = num_prompt_tokens
             self.runner.add(row, Request(b"", row, np.array(prompt, np.int32), len(prompt), sampling))
         begun = 0
         while (self.table.num_tokens[: len(prompts)] < lengths).any():
@@ -77,11 +92,44 @@ class Driver:
 
 
 @pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """A transformers model of random weights, large enough that its greedy output varies; keywords go to its config."""
+
+    def make(architecture: str, seed: int = 0, **config: object) -> Any:
+        sizes = {
+            "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        }  # fmt: skip
+        config_class = getattr(transformers, f"{architecture}Config")
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config_class(**(sizes | config))).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., CheckpointFiles]:
+    """Writes a transformers model as a Hugging Face folder; keywords go to its save_pretrained."""
+
+    def save_model(model: Any, **options: object) -> CheckpointFiles:
+        model.save_pretrained(tmp_path / "folder", **options)
+        return CheckpointFiles(name="tiny", format="safetensors", path=str(tmp_path / "folder"))
+
+    return save_model
+
+
+@pytest.fixture
 def make_runner() -> Callable[..., TorchRunner]:
     """A float32 runner of checkpoint files; keywords go to EngineConfig."""
 
-    def make(files: CheckpointFiles, **config: object) -> TorchRunner:
-        options = {"dtype": "float32", "block_size": BLOCK_SIZE, "num_kv_blocks": 512, "threads_per_engine": 1} | config
+    def make(files: CheckpointFiles, **config: Any) -> TorchRunner:
+        options: dict[str, Any] = {"dtype": "float32", "block_size": BLOCK_SIZE, "num_kv_blocks": 512}
+        options |= {"threads_per_engine": 1} | config
         return TorchRunner(
             EngineSpec(
                 engine_id=0, incarnation=0, num_engines=1, folder="", model=files,
