@@ -60,6 +60,7 @@ def _token_defects(message: Add, vocab_size: int, max_model_len: int) -> Iterato
     num_tokens, rest = divmod(len(message.token_ids), 4)
     if rest:
         yield f"token_ids must hold 4 bytes per token, got {len(message.token_ids)} bytes"
+        return
     if num_tokens == 0:
         yield "the prompt is empty"
     if not 1 <= message.num_prompt_tokens <= num_tokens:
@@ -68,7 +69,8 @@ def _token_defects(message: Add, vocab_size: int, max_model_len: int) -> Iterato
         yield f"a prompt of {message.num_prompt_tokens} tokens is longer than the model's context of {max_model_len}"
     if message.num_prompt_tokens == max_model_len or num_tokens > max_model_len:
         yield f"{num_tokens} tokens leave no room for output in the model's context of {max_model_len}"
-    yield from _outside("token_ids", np.frombuffer(message.token_ids, "<i4").tolist(), vocab_size)
+    token_ids = np.frombuffer(message.token_ids, "<i4")
+    yield from _outside("token_ids", token_ids[(token_ids < 0) | (token_ids >= vocab_size)].tolist(), vocab_size)
 
 
 def _sampling_defects(sampling: Sampling, vocab_size: int) -> Iterator[str]:

@@ -164,6 +164,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.engine.core.has_work
         stats = self.engine.core.kv_cache_stats()
         assert stats["free_blocks"] == stats["num_blocks"]
+        assert not self.engine.core._stops._num_stopping.any()
 
 
 @pytest.mark.timeout(300)

@@ -26,6 +26,16 @@ def test_a_long_prompt_is_computed_in_chunks_beside_the_decodes(make_engine, end
     ]
 
 
+def test_no_more_requests_are_admitted_than_the_budget_reaches(make_engine, endless):
+    engine = make_engine(max_num_batched_tokens=32)
+    for request_id in range(4):
+        engine.add(request_id, prompt(30, request_id), **endless)
+    engine.step()
+    assert engine.runner.batches == [[((A, 0), 30), ((A, 1), 2)]]
+    load = engine.core.load(A)
+    assert (load.running, load.waiting, load.used_blocks) == (2, 2, 16)
+
+
 def test_a_budget_smaller_than_every_prompt_still_serves_all(make_engine, run_solo, endless):
     engine = make_engine(max_num_batched_tokens=2, max_num_seqs=2)
     for request_id in range(4):
