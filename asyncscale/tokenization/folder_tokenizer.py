@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from asyncscale.checkpoint.integrity import read_json_object
 from asyncscale.errors import ModelLoadError
-from asyncscale.tokenization.bos_eos import add_bos_eos
 from asyncscale.tokenization.chat import ChatTemplate
 from asyncscale.tokenization.tokenizer import TokenizerParts
 
@@ -26,12 +25,6 @@ def read_folder_tokenizer(path: str) -> TokenizerParts:
     config = _read_optional(folder / "tokenizer_config.json")
     special_tokens = _special_tokens({**_read_optional(folder / "special_tokens_map.json"), **config})
     backend = _read_backend(folder / "tokenizer.json")
-    if "add_bos_token" in config or "add_eos_token" in config or backend.post_processor is None:
-        add_bos_eos(
-            backend,
-            special_tokens.get("bos_token") if config.get("add_bos_token") else None,
-            special_tokens.get("eos_token") if config.get("add_eos_token") else None,
-        )
     generation_config = _read_optional(folder / "generation_config.json")
     template = _chat_template(folder, config)
     return TokenizerParts(

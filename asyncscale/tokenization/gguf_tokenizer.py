@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.errors import ModelLoadError
-from asyncscale.tokenization.bos_eos import add_bos_eos
 from asyncscale.tokenization.chat import ChatTemplate
 from asyncscale.tokenization.gguf_pretokenizers import pre_tokenization
 from asyncscale.tokenization.tokenizer import TokenizerParts
@@ -65,7 +64,7 @@ class _Vocabulary:
             )
         _add_special_tokens(backend, self)
         named = {name: token for name, key in _NAMED_TOKENS.items() if (token := self.token(f"{key}_token_id"))}
-        add_bos_eos(
+        _add_bos_eos(
             backend,
             named.get("bos_token") if self.get("add_bos_token", add_bos) else None,
             named.get("eos_token") if self.get("add_eos_token", False) else None,
@@ -167,3 +166,12 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) 
             by_type[kind].append(AddedToken(token, normalized=False, special=kind != _USER_DEFINED))
     backend.add_special_tokens(by_type[_UNKNOWN] + by_type[_CONTROL])
     backend.add_tokens(by_type[_USER_DEFINED])
+
+
+def _add_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    """From now on `backend` puts the token `bos` before each text and `eos` after it; None puts none."""
+    from tokenizers.processors import TemplateProcessing
+
+    ids = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
+    template = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=ids)
