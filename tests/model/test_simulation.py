@@ -97,15 +97,14 @@ def test_no_stop_token_comes_before_min_tokens_and_other_positions_are_unchanged
     free, bound = Bench(), Bench()
     free.add(0, PROMPT, temperature=1.0, seed=1)
     [expected] = free.decode([0], 300)
-    banned = expected[5]
-    bound.add(0, PROMPT, temperature=1.0, seed=1, min_tokens=200, stop_token_ids=(EOS_TOKEN_ID, banned))
+    banned, end = expected[5], expected.index(EOS_TOKEN_ID, 200)
+    bound.add(0, PROMPT, temperature=1.0, seed=1, min_tokens=end, stop_token_ids=(EOS_TOKEN_ID, banned))
     [token_ids] = bound.decode([0], 300)
-    assert not {EOS_TOKEN_ID, banned} & set(token_ids[:200])
-    assert EOS_TOKEN_ID in expected[:200]
-    assert token_ids[200:] == expected[200:]
-    assert [a for a, b in zip(expected, token_ids, strict=True) if a != b] == [
-        token_id for token_id in expected[:200] if token_id in (EOS_TOKEN_ID, banned)
-    ]
+    assert not {EOS_TOKEN_ID, banned} & set(token_ids[:end])
+    assert EOS_TOKEN_ID in expected[:end]
+    assert token_ids[end:] == expected[end:]
+    replaced = [before for before, after in zip(expected, token_ids, strict=True) if before != after]
+    assert replaced == [token_id for token_id in expected[:end] if token_id in (EOS_TOKEN_ID, banned)]
 
 
 def test_a_row_that_may_produce_no_token_at_all_fails_alone():
