@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("Llama", {"num_key_value_heads": 4, "num_hidden_layers": 2}),
     "llama-mqa-wide-heads": ("Llama", {"num_key_value_heads": 1, "head_dim": 32}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-theta": ("Llama", {"seed": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    "llama-theta": ("Llama", {"seed": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
     "llama-linear": ("Llama", _scaled("linear", factor=4.0) | {"max_position_embeddings": 256}),
     "llama-dynamic": ("Llama", _scaled("dynamic", factor=4.0)),
     "llama-llama3": (
