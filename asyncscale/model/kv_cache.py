@@ -69,5 +69,5 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
         return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         raise ModelLoadError(f"cannot allocate {num_bytes:,} bytes for the KV cache: {error}") from error
