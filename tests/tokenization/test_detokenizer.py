@@ -51,6 +51,7 @@ SMALL_CODECS = {
     "byte-level in a sequence": small_codec(BYTE_LEVEL, decoders.Sequence([decoders.ByteLevel()])),
     "llama": small_codec(PIECES, decoders.Sequence(LLAMA), byte_fallback=True),
     "gemma": small_codec(PIECES, decoders.Sequence(LLAMA[:3]), byte_fallback=True),
+    "strip": small_codec(PIECES, decoders.Sequence([*LLAMA[:3], decoders.Strip(" ", 6, 0)]), byte_fallback=True),
     "metaspace": small_codec(PIECES[:8], decoders.Metaspace()),
     "none": small_codec(PIECES[:8], None),
     "simulated": SimulatedTokenizer(SimulatedModel(vocab_size=300)),
@@ -133,3 +134,10 @@ def test_the_end_of_a_stream_shows_what_is_broken(smollm2: TextCodec) -> None:
     assert stream.push(smollm2.encode("😀")[0]) == ""
     assert stream.finish() == "\ufffd"
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("name", ["llama", "strip", "metaspace", "none"])
+@pytest.mark.parametrize("beginning", [[], ["a"]])
+def test_a_long_run_of_spaces_is_not_stripped_within_the_text(name: str, beginning: list[str]) -> None:
+    pieces = [*beginning, *[SPACE] * 40, "a"]
+    check(SMALL_CODECS[name], [PIECES.index(piece) for piece in pieces], skip_special_tokens=True)

@@ -262,11 +262,11 @@ def sentence_piece_parts() -> dict[str, Any]:
     letters = [piece for piece in pieces if len(piece) == 1]
     learned = [piece for piece in pieces if len(piece) > 1]
     head = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens = [*head, *learned, *letters]
+    tokens = [*head, *letters, *reversed(learned)]  # what is best is said by the scores alone
     return {
         "tokens": tokens,
         "types": [2, 3, 3, *[6] * 256, *[1] * (len(learned) + len(letters))],
-        "scores": [0.0] * len(head) + [-float(i) for i in range(len(learned))] + [-1e9] * len(letters),
+        "scores": [0.0] * len(head) + [-1e9] * len(letters) + [float(i - len(learned)) for i in range(len(learned))],
         "unknown": 0,
         "bos": 1,
         "eos": 2,
