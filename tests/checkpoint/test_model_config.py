@@ -109,6 +109,11 @@ def test_rope_is_read_from_the_old_and_the_new_style() -> None:
     assert (_parse().rope.type, _parse().rope.theta) == ("default", 10_000.0)
 
 
+def test_dynamic_scaling_sets_in_beyond_max_position_embeddings_whatever_else_is_stated() -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}
+    assert _parse(rope_scaling=scaling).rope.original_max_position_embeddings == 2048
+
+
 @pytest.mark.parametrize(
     ("scaling", "expected"),
     [
@@ -226,7 +231,7 @@ def test_gguf_metadata_is_read(tmp_path: Path) -> None:
 
 
 def test_gguf_scaling_and_window_are_read(tmp_path: Path) -> None:
-    scaling = {
+    scaling: dict[str, Any] = {
         "rope__scaling__type": "yarn",
         "rope__scaling__factor": 4.0,
         "rope__scaling__original_context_length": 1024,

@@ -147,3 +147,13 @@ def test_many_sequences_of_very_different_lengths_decode_as_each_alone(
     together = drive(runner, len(many)).generate(many, 6)
     alone = [drive(runner, 1).generate([prompt], 6)[0] for prompt in many]
     assert together == alone
+
+
+def test_a_window_at_the_end_of_the_context_decodes_beside_one_at_its_beginning(
+    make_model: Callable[..., Any], save: Callable[..., Any], make_runner: Callable[..., Any], drive: Any
+) -> None:
+    runner = make_runner(save(make_model("Mistral", sliding_window=10)))
+    generator = np.random.default_rng(3)
+    # The first one's window reaches over four blocks, the second's over the last three that there can be.
+    both = [generator.integers(0, 300, length).tolist() for length in (12, runner.max_model_len - 4)]
+    assert drive(runner, 2).generate(both, 4) == [drive(runner, 1).generate([prompt], 4)[0] for prompt in both]

@@ -67,7 +67,7 @@ def _write(
         stored = names.get_name(name, (".weight", ".bias"))
         if stored in skip or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
-        writer.add_tensor(stored, _permuted(parameter, name, arch, config).numpy())
+        writer.add_tensor(str(stored), _permuted(parameter, name, arch, config).numpy())
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
