@@ -155,5 +155,5 @@ def test_a_window_at_the_end_of_the_context_decodes_beside_one_at_its_beginning(
     runner = make_runner(save(make_model("Mistral", sliding_window=10)))
     generator = np.random.default_rng(3)
     # The first one's window reaches over four blocks, the second's over the last three that there can be.
-    both = [generator.integers(0, 300, length).tolist() for length in (12, runner.max_model_len - 4)]
-    assert drive(runner, 2).generate(both, 4) == [drive(runner, 1).generate([prompt], 4)[0] for prompt in both]
+    both = [generator.integers(0, 300, length).tolist() for length in (16, runner.max_model_len - 3)]
+    assert drive(runner, 2).generate(both, 3) == [drive(runner, 1).generate([prompt], 3)[0] for prompt in both]
