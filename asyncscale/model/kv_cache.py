@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -62,12 +64,13 @@ class KVCache:
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Zeros, because a masked position still enters as 0 * value, which must not be 0 * NaN. numpy's come from calloc
-    # and are not committed until they are written; torch's are.
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    # Zeros, because a masked position still enters as 0 * value, which must not be 0 * NaN. An anonymous mapping is
+    # zero, and committed page by page as it is written; torch.zeros would write it all, numpy's commits huge pages.
+    num_bytes = math.prod(shape) * dtype.itemsize
     try:
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
-        return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
-    except (MemoryError, RuntimeError, ValueError) as error:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, RuntimeError) as error:
         raise ModelLoadError(f"cannot allocate {num_bytes:,} bytes for the KV cache: {error}") from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

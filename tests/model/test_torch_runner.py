@@ -157,9 +157,12 @@ def test_too_little_memory_for_a_block_is_refused_with_both_numbers(
         make_runner(files, num_kv_blocks=None, kv_cache_memory_bytes=1000)
 
 
-def test_more_blocks_than_can_be_allocated_are_refused(files: CheckpointFiles, make_runner: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("num_blocks", [2**50, 2**60])
+def test_more_blocks_than_can_be_allocated_are_refused(
+    num_blocks: int, files: CheckpointFiles, make_runner: Callable[..., Any]
+) -> None:
     with pytest.raises(ModelLoadError, match=r"cannot allocate .* bytes for the KV cache"):
-        make_runner(files, num_kv_blocks=2**50)
+        make_runner(files, num_kv_blocks=num_blocks)
 
 
 def test_a_context_longer_than_the_models_is_refused_with_both_numbers(
