@@ -21,9 +21,13 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """An engine's load at one moment. `mine` counts those of running + waiting that the receiving client sent."""
+    """An engine's load at one moment.
 
-    step: int
+    version: grows with every change, so that older reports can be told. mine: how many of running + waiting the receiving
+    client sent. used_blocks, num_blocks: of the KV cache.
+    """
+
+    version: int
     running: int
     waiting: int
     mine: int

@@ -14,7 +14,7 @@ from asyncscale.config import ModelSource
 # Counts that change together go out together: one message per client per so many seconds at the most.
 _PUBLISH_INTERVAL_S = 0.001
 
-_NO_LOAD = messages.Load(step=0, running=0, waiting=0, mine=0, used_blocks=0, num_blocks=0)
+_NO_LOAD = messages.Load(version=0, running=0, waiting=0, mine=0, used_blocks=0, num_blocks=0)
 
 
 class Coordinator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -18,8 +19,8 @@ class StartProgress:
     def __init__(self, num_engines: int, shown: bool | None = None) -> None:
         self._disabled = not (sys.stderr.isatty() if shown is None else shown)
         self._fractions = dict.fromkeys(range(num_engines), 0.0)
-        self._fetch: tqdm[None] | None = None
-        self._load: tqdm[None] | None = None
+        self._fetch: tqdm[NoReturn] | None = None
+        self._load: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> StartProgress:
         return self

@@ -109,9 +109,9 @@ class Router:
         self._engines.pop(engine_id, None)
 
     def report(self, engine_id: int, load: Load, now: float) -> None:
-        """An engine's own counts arrived. Reports out of order (an older step) are ignored."""
+        """An engine's own counts arrived. One that is older than the newest is ignored."""
         engine = self._engines.get(engine_id)
-        if engine is None or (engine.load is not None and load.step < engine.load.step):
+        if engine is None or (engine.load is not None and load.version < engine.load.version):
             return
         engine.load = load
         engine.reported_at = now

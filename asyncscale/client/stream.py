@@ -131,7 +131,10 @@ class ChoiceStream:
         rest = self._detokenizer.finish() if self._detokenizer else ""
         if self._stop is None:
             return rest
-        return "" if self._stop.stopped else self._stop.push(rest) + self._stop.finish()
+        if self._stop.stopped:
+            return ""
+        text = self._stop.push(rest)
+        return text if self._stop.stopped else text + self._stop.finish()
 
 
 class RequestStream:

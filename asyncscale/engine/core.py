@@ -47,7 +47,6 @@ class EngineCore:
         self._clients: dict[bytes, dict[int, Request]] = {}  # requests alive, by client and id
         self._num_alive = 0
         self._num_arrived = 0
-        self._step = 0
         self.load_version = 0
         self.methods: dict[str, Callable[..., object]] = {
             "reset_prefix_cache": self._scheduler.pool.reset_cache,
@@ -95,7 +94,6 @@ class EngineCore:
             self._finish(request, "error", error=error)
         if schedule.batch is not None:
             self._apply(schedule.batch, self._runner.execute(schedule.batch))
-        self._step += 1
         if self._scheduler.num_running != num_running:
             self.load_version += 1
         return self._outbox.flush(self.load)
@@ -105,7 +103,7 @@ class EngineCore:
         running, pool = self._scheduler.num_running, self._scheduler.pool
         waiting = self._num_alive - running
         mine = len(self._clients.get(client, ()))
-        return Load(self._step, running, waiting, mine, pool.num_blocks - pool.num_free, pool.num_blocks)
+        return Load(self.load_version, running, waiting, mine, pool.num_blocks - pool.num_free, pool.num_blocks)
 
     def by_client(self) -> dict[bytes, int]:
         """How many requests each client has here; clients without any are left out."""

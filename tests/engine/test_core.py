@@ -323,7 +323,7 @@ def test_an_abort_says_nothing_and_frees_everything(make_engine, endless):
     engine.core.abort(A, [1, 2])
     assert not engine.core.has_work
     assert engine.core.step() == {}
-    assert engine.core.load(A) == messages.Load(2, 0, 0, 0, 0, 200)
+    assert engine.core.load(A) == messages.Load(engine.core.load_version, 0, 0, 0, 0, 200)
 
 
 def test_a_late_abort_and_one_by_another_client_change_nothing(make_engine, endless):
@@ -379,8 +379,8 @@ def test_each_client_is_told_the_totals_and_its_own_share(make_engine, endless):
     for request_id in range(3):
         engine.add(request_id, PROMPT, client=B, max_tokens=9, **endless)
     engine.step()
-    assert engine.loads[A] == messages.Load(1, 3, 2, 2, 9, 200)
-    assert engine.loads[B] == messages.Load(1, 3, 2, 3, 9, 200)
+    assert engine.loads[A] == messages.Load(engine.core.load_version, 3, 2, 2, 9, 200)
+    assert engine.loads[B] == messages.Load(engine.core.load_version, 3, 2, 3, 9, 200)
 
 
 def test_the_load_version_changes_with_every_count_and_with_nothing_else(make_engine, endless):
