@@ -1,0 +1,41 @@
+"""The notebooks run from top to bottom in a real kernel, with the real model, and leave nothing running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def test_there_is_a_notebook() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.timeout(300)
+# jupyter_client tells in this way that a kernel on this host is reached over plain TCP.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:Kernel is running over TCP")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_top_to_bottom(path: Path, tmp_path: Path) -> None:
+    children = set(psutil.Process().children(recursive=True))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert outputs
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert set(psutil.Process().children(recursive=True)) <= children
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_kept_with_its_outputs_and_without_traces_of_a_machine(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    assert all(cell.outputs for cell in cells if cell.cell_type == "code" and "print" in cell.source)
+    text = path.read_text(encoding="utf8")
+    assert "/work/" not in text
+    assert "/home/" not in text
