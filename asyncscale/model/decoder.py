@@ -23,7 +23,7 @@ class Decoder:
         hidden = decoder.forward(token_ids, positions, lengths, plans, write_rows, cache)
         logits = decoder.logits(hidden[wanted])
 
-    The residual stream and the norms are float32 whatever the weights' dtype.
+    The residual stream, norms, activation function and logits are float32 whatever the weights' dtype.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -34,9 +34,7 @@ class Decoder:
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, self.device, weights.rope_factors)
         self._layers = [_Layer(config, tensors, i) for i in range(config.num_layers)]
         self._norm = tensors.pop("model.norm.weight").float()
-        # bfloat16 logits would be too coarse to rank: from 16 on they are 0.125 apart.
-        head = self._embedding if config.tie_word_embeddings else tensors.pop("lm_head.weight")
-        self._head = Linear(head.float())
+        self._head = Linear(tensors.pop("lm_head.weight"))
 
     def forward(
         self,
@@ -112,4 +110,4 @@ class _Layer:
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, -1)
-        return self._down(F.silu(gate) * up)
+        return self._down((F.silu(gate.float()) * up).to(x.dtype))

@@ -20,6 +20,7 @@ from asyncscale.model.gguf_weights import read_gguf, read_rope_factors
 Shapes = dict[str, tuple[int, ...]]
 Progress = Callable[[float], None]
 
+_HEAD = "lm_head.weight"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Tensors that some checkpoints hold besides the weights, and that are derived from the configuration.
 _DERIVED = ("rotary_emb.inv_freq", "masked_bias")
@@ -42,6 +43,7 @@ def load_weights(
 ) -> Weights:
     """All tensors of `files`, in `dtype` on `device`; `progress` is called with the fraction that is read.
 
+    `lm_head.weight` is always among them, and float32: bfloat16 logits are too coarse to rank (from 16 on 0.125 apart).
     Raises ModelLoadError, naming file and tensor, where one is missing, of another shape, or not of this architecture,
     and where a file cannot be read.
     """
@@ -53,11 +55,15 @@ def load_weights(
         factors = read_rope_factors(file, config)
     else:
         source = _read_safetensors(files.path, config, shapes)
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else _HEAD
     tensors: dict[str, Tensor] = {}
-    for name, tensor in source:
-        tensors[name] = tensor.to(device, dtype)
+    for count, (name, tensor) in enumerate(source, 1):
+        if name == head:
+            tensors[_HEAD] = tensor.to(device, torch.float32)
+        if name != _HEAD:
+            tensors[name] = tensor.to(device, dtype)
         if progress is not None:
-            progress(len(tensors) / len(shapes))
+            progress(count / len(shapes))
     return Weights(tensors, factors)
 
 
@@ -68,7 +74,7 @@ def weight_shapes(config: ModelConfig) -> Shapes:
         "model.norm.weight": (config.hidden_size,),
     }
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+        shapes[_HEAD] = (config.vocab_size, config.hidden_size)
     for index in range(config.num_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config).items()}
     return shapes
@@ -143,5 +149,5 @@ def _checked(tensor: Tensor, name: str, shape: tuple[int, ...], path: str) -> Te
 
 
 def _is_ignorable(name: str, config: ModelConfig) -> bool:
-    tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
+    tied_copy = config.tie_word_embeddings and name == _HEAD
     return tied_copy or name.endswith(_DERIVED)

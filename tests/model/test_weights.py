@@ -39,12 +39,14 @@ def _load(files: CheckpointFiles, dtype: torch.dtype = torch.float32) -> dict[st
     return load_weights(files, ModelConfig.load(files), dtype).tensors
 
 
-def test_all_tensors_are_read_in_the_dtype_that_is_asked_for(
-    make_model: Callable[..., Any], save: Callable[..., CheckpointFiles]
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_tensors_are_read_in_the_dtype_that_is_asked_for_and_the_head_in_float32(
+    tied: bool, make_model: Callable[..., Any], save: Callable[..., CheckpointFiles]
 ) -> None:
-    model = make_model("Qwen2")
+    model = make_model("Qwen2", tie_word_embeddings=tied)
     tensors = _load(save(model), torch.bfloat16)
     expected = {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
+    expected["lm_head.weight"] = model.lm_head.weight
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
