@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import enum
 import logging
 import os
@@ -12,21 +11,19 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-import msgspec
 import zmq
 
 from asyncscale import messages
-from asyncscale.checkpoint.progress import Progress
-from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.generation import Generation
-from asyncscale.client.preparation import Preparation, Prompt, check_options
+from asyncscale.client.options import engine_config, find_model, routing_policy
+from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.progress import StartProgress
-from asyncscale.client.router import POLICIES, EngineLoad, Policy
+from asyncscale.client.router import EngineLoad, Policy
 from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.stream import RequestStream
-from asyncscale.config import CheckpointFiles, EngineConfig, ModelSource, SimulatedModel
+from asyncscale.config import ModelSource, SimulatedModel
 from asyncscale.errors import (
     AsyncScaleError,
     ClientClosedError,
@@ -84,7 +81,7 @@ class AsyncScaleClient:
             raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
         self._model = model
         self._num_engines = auto_num_engines() if num_engines == "auto" else num_engines
-        self._config = _engine_config(options)
+        self._config = engine_config(options)
         self._start_timeout = start_timeout
         self._progress = progress
         self._prepare(routing, None)
@@ -106,7 +103,7 @@ class AsyncScaleClient:
         return client
 
     def _prepare(self, routing: str | Policy, attach_to: str | None) -> None:
-        self._policy = _policy(routing)
+        self._policy = routing_policy(routing)
         self._attach_to = attach_to
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -141,7 +138,7 @@ class AsyncScaleClient:
             if isinstance(self._model, SimulatedModel):
                 source = self._model
             else:
-                source = await asyncio.to_thread(_find_model, self._model, progress.on_fetch)
+                source = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
             self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._on_load_report)
             self._engines = OwnedEngines(
                 self._context, source, self._config, self._num_engines, self._start_timeout, progress.on_loading, self
@@ -245,9 +242,8 @@ class AsyncScaleClient:
         Raises InvalidRequestError, ClientStateError, EngineDeadError.
         """
         self._check_usable()
-        return self._submit(
-            lambda: prompt, SamplingParams.of(params, sampling), request_id, priority, timeout, engine, session
-        )
+        options = RequestOptions(request_id, priority, timeout, engine, session)
+        return self._submit(lambda: prompt, SamplingParams.of(params, sampling), options)
 
     def chat(
         self,
@@ -280,43 +276,33 @@ class AsyncScaleClient:
                 messages, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
             )
 
-        return self._submit(encode, SamplingParams.of(params, sampling), request_id, priority, timeout, engine, session)
+        options = RequestOptions(request_id, priority, timeout, engine, session)
+        return self._submit(encode, SamplingParams.of(params, sampling), options)
 
-    def _submit(
-        self,
-        make_prompt: Callable[[], Prompt],
-        params: SamplingParams,
-        request_id: str | None,
-        priority: int,
-        timeout: float | None,
-        engine: int | None,
-        session: str | None,
-    ) -> Generation:
+    def _submit(self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions) -> Generation:
         dispatcher = self._dispatcher
-        check_options(request_id, priority, timeout, session)
-        if request_id is not None and dispatcher.is_live(request_id):
-            raise InvalidRequestError(f"request_id {request_id!r} is in use by a request that has not ended")
-        if engine is not None and engine not in dispatcher.engine_ids:
-            raise InvalidRequestError(f"there is no engine {engine!r}; engines are {list(dispatcher.engine_ids)}")
+        options.validate(dispatcher.engine_ids)
+        if options.request_id is not None and dispatcher.is_live(options.request_id):
+            raise InvalidRequestError(f"request_id {options.request_id!r} is in use by a request that has not ended")
         prompt_token_ids = self._preparation.encode_prompt(make_prompt())
         wire_id = dispatcher.allocate_wire_ids(params.n)
         stream = RequestStream(
-            request_id=f"request-{wire_id}" if request_id is None else request_id,
+            request_id=f"request-{wire_id}" if options.request_id is None else options.request_id,
             wire_id=wire_id,
             prompt_token_ids=prompt_token_ids,
             params=params,
             sampling=self._preparation.resolve(params, len(prompt_token_ids)),
             codec=self._preparation.codec,
-            priority=priority,
-            session=session,
-            pinned_engine=engine,
+            priority=options.priority,
+            session=options.session,
+            pinned_engine=options.engine,
             arrival=time.monotonic(),
             on_end=dispatcher.request_ended,
         )
         dispatcher.submit(stream)
-        if timeout is not None and self._loop is not None:
-            error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {timeout:g} s")
-            stream.timer = self._loop.call_later(timeout, dispatcher.abort, stream, error)
+        if options.timeout is not None and self._loop is not None:
+            error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {options.timeout:g} s")
+            stream.timer = self._loop.call_later(options.timeout, dispatcher.abort, stream, error)
         return Generation(stream, dispatcher.abort)
 
     # --- engines
@@ -410,32 +396,3 @@ class AsyncScaleClient:
             else f"{self._model!r}, num_engines={self._num_engines}"
         )
         return f"<AsyncScaleClient {what}, {self._state.value}>"
-
-
-def _find_model(model: str | os.PathLike[str], progress: Progress) -> CheckpointFiles:
-    from asyncscale.checkpoint.model_config import ModelConfig
-
-    files = resolve_model(model, progress)
-    ModelConfig.load(files)  # an architecture that is not supported is refused before any engine starts
-    return files
-
-
-def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
-    known = EngineConfig.__struct_fields__
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-            raise TypeError(f"AsyncScaleClient has no option {name!r}{hint}")
-    try:
-        return msgspec.convert(options, EngineConfig)
-    except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from None
-
-
-def _policy(routing: str | Policy) -> Policy:
-    if callable(routing):
-        return routing
-    if routing not in POLICIES:
-        raise ValueError(f"routing must be one of {', '.join(POLICIES)} or a function, got {routing!r}")
-    return POLICIES[routing]

@@ -24,6 +24,35 @@ _UINT64 = 2**64 - 1
 _MAX_ID_LENGTH = 512
 
 
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """The arguments of `generate` and `chat` that are no sampling parameters; see there."""
+
+    request_id: str | None = None
+    priority: int = 0
+    timeout: float | None = None
+    engine: int | None = None
+    session: str | None = None
+
+    def validate(self, engine_ids: Sequence[int]) -> None:
+        """Raises InvalidRequestError, naming the argument."""
+        request_id, priority, timeout = self.request_id, self.priority, self.timeout
+        if request_id is not None and not (isinstance(request_id, str) and 0 < len(request_id) <= _MAX_ID_LENGTH):
+            raise InvalidRequestError(
+                f"request_id must be a string of 1 to {_MAX_ID_LENGTH} characters, got {_describe(request_id)}"
+            )
+        if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**31) <= priority < 2**31:
+            raise InvalidRequestError(f"priority must be an integer of 32 bits, got {priority!r}")
+        if timeout is not None and (
+            not isinstance(timeout, int | float) or isinstance(timeout, bool) or math.isnan(timeout) or timeout <= 0
+        ):
+            raise InvalidRequestError(f"timeout must be a number of seconds greater than 0, got {timeout!r}")
+        if self.engine is not None and self.engine not in engine_ids:
+            raise InvalidRequestError(f"there is no engine {self.engine!r}; engines are {list(engine_ids)}")
+        if self.session is not None and not isinstance(self.session, str):
+            raise InvalidRequestError(f"session must be a string, got {self.session!r}")
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What a client needs to know of model and engines to check a request without asking them."""
@@ -95,22 +124,6 @@ class Preparation:
             if token_id >= self.facts.vocab_size:
                 last = self.facts.vocab_size - 1
                 raise InvalidRequestError(f"{name} holds token id {token_id}, but the model has ids 0 to {last}")
-
-
-def check_options(request_id: str | None, priority: int, timeout: float | None, session: str | None) -> None:
-    """Check the arguments of `generate` that are no sampling parameters. Raises InvalidRequestError."""
-    if request_id is not None and (not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID_LENGTH):
-        raise InvalidRequestError(
-            f"request_id must be a string of 1 to {_MAX_ID_LENGTH} characters, got {request_id!r}"
-        )
-    if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**31) <= priority < 2**31:
-        raise InvalidRequestError(f"priority must be an integer of 32 bits, got {priority!r}")
-    if timeout is not None and (
-        not isinstance(timeout, int | float) or isinstance(timeout, bool) or math.isnan(timeout) or timeout <= 0
-    ):
-        raise InvalidRequestError(f"timeout must be a number of seconds greater than 0, got {timeout!r}")
-    if session is not None and not isinstance(session, str):
-        raise InvalidRequestError(f"session must be a string, got {session!r}")
 
 
 def _as_token_ids(prompt: object) -> npt.NDArray[np.integer]:

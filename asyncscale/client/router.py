@@ -17,6 +17,8 @@ from asyncscale.messages import Load
 # best.
 SESSION_SLACK = 4
 _MAX_SESSIONS = 65_536
+# Less than one request: it decides between equals, and a burst stays spread to within one.
+_KV_WEIGHT = 0.5
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,8 +48,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def score(self) -> float:
-        """Requests in flight, twice where they must wait for a slot, and the KV cache's use as a fraction of one."""
-        return self.in_flight + max(0, self.in_flight - self.capacity) + self.kv_usage
+        """Requests in flight, twice where they must wait for a slot, and a part of one request for a full KV cache."""
+        return self.in_flight + max(0, self.in_flight - self.capacity) + _KV_WEIGHT * self.kv_usage
 
 
 class RoutingRequest(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyncscale.client.preparation import Preparation, check_options
+from asyncscale.client.preparation import Preparation, RequestOptions
 from asyncscale.config import SimulatedModel
 from asyncscale.errors import InvalidRequestError
 from asyncscale.messages import EngineFacts
@@ -133,12 +133,12 @@ def test_params_of_another_type_are_refused() -> None:
         ({"timeout": math.nan}, "timeout"),
         ({"timeout": "1"}, "timeout"),
         ({"session": 1}, "session"),
+        ({"engine": 2}, r"no engine 2; engines are \[0, 1\]"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
-    arguments = {"request_id": None, "priority": 0, "timeout": None, "session": None, **options}
     with pytest.raises(InvalidRequestError, match=words):
-        check_options(**arguments)
+        RequestOptions(**options).validate(engine_ids=(0, 1))
 
 
 def test_keywords_override_params() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncscale.client.router import SESSION_SLACK, Router, RoutingRequest, round_robin
@@ -34,6 +34,7 @@ def spread(router: Router) -> int:
     return max(counts) - min(counts)
 
 
+@example(num_engines=2, events=[(0, 0, 100), None, None])
 @given(
     num_engines=st.integers(1, 5),
     events=st.lists(st.none() | st.tuples(st.integers(0, 4), st.integers(0, 100), st.integers(0, 100)), max_size=60),

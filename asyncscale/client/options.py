@@ -1,0 +1,47 @@
+"""What a client is made with, checked: options of the engines, the routing policy, the model."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from asyncscale.checkpoint.progress import Progress
+from asyncscale.checkpoint.resolve import resolve_model
+from asyncscale.client.router import POLICIES, Policy
+from asyncscale.config import CheckpointFiles, EngineConfig
+
+
+def find_model(model: str | os.PathLike[str], progress: Progress) -> CheckpointFiles:
+    """The model's files, fetched if need be. Blocks. Raises ModelLoadError, also for an unsupported architecture."""
+    from asyncscale.checkpoint.model_config import ModelConfig
+
+    files = resolve_model(model, progress)
+    ModelConfig.load(files)  # an architecture that is not supported is refused before any engine starts
+    return files
+
+
+def engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    """Raises TypeError for an unknown option, with the closest known one, and ValueError for a wrong value."""
+    known = EngineConfig.__struct_fields__
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            raise TypeError(f"AsyncScaleClient has no option {name!r}{hint}")
+    try:
+        return msgspec.convert(options, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+
+
+def routing_policy(routing: str | Policy) -> Policy:
+    """A policy by its name, or a function as it is. Raises ValueError."""
+    if callable(routing):
+        return routing
+    if routing not in POLICIES:
+        raise ValueError(f"routing must be one of {', '.join(POLICIES)} or a function, got {routing!r}")
+    return POLICIES[routing]
