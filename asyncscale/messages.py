@@ -8,7 +8,7 @@ I/O.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -23,8 +23,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Load(msgspec.Struct, frozen=True, array_like=True):
     """An engine's load at one moment.
 
-    version: grows with every change, so that older reports can be told. mine: how many of running + waiting the receiving
-    client sent. used_blocks, num_blocks: of the KV cache.
+    version: grows with every change, so that older reports can be told. mine: how many of running + waiting the
+    receiving client sent. used_blocks, num_blocks: of the KV cache.
     """
 
     version: int
@@ -251,6 +251,18 @@ class Farewell(msgspec.Struct, frozen=True, array_like=True, tag="farewell"):
 
 
 FromCoordinator = Welcome | Joined | Left | Counts | Farewell
+
+
+Message = TypeVar("Message")
+
+
+def decode(decoder: msgspec.msgpack.Decoder[Message], payload: bytes) -> Message | None:
+    """The message in `payload`, or None: bytes from a socket are hostile until decoded, and whatever is wrong with them
+    (truncated, of another type, not UTF-8, nested without end) is the sender's fault and no reason to fail."""
+    try:
+        return decoder.decode(payload)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
 
 
 encoder = msgspec.msgpack.Encoder()

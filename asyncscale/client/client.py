@@ -8,13 +8,14 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Literal
 
 import zmq
 
 from asyncscale import messages
-from asyncscale.client.dispatcher import Dispatcher
+from asyncscale.client.dispatcher import Dispatcher, LoadWatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.generation import Generation
 from asyncscale.client.options import engine_config, find_model, routing_policy
@@ -23,6 +24,7 @@ from asyncscale.client.progress import StartProgress
 from asyncscale.client.router import EngineLoad, Policy
 from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.stream import RequestStream
+from asyncscale.client.supervisor import Launch
 from asyncscale.config import ModelSource, SimulatedModel
 from asyncscale.errors import (
     AsyncScaleError,
@@ -108,7 +110,10 @@ class AsyncScaleClient:
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
-        self._closing: asyncio.Future[None] | None = None
+        self._starting: asyncio.Task[None]
+        self._closed_while_starting = False
+        self._closing: asyncio.Task[None] | None = None
+        self._cleanup = AsyncExitStack()  # in reverse: requests and connections, engines, sockets' context
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
         self._dispatcher: Dispatcher
@@ -124,10 +129,18 @@ class AsyncScaleClient:
         self._state = _State.STARTING
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
+        self._cleanup.callback(self._context.destroy, linger=0)
+        self._starting = asyncio.ensure_future(
+            self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to)
+        )
         try:
-            await (self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to))
+            await self._starting
         except BaseException:
-            await asyncio.shield(asyncio.ensure_future(self._shut_down(ClientClosedError("the client did not start"))))
+            if self._closing is None:
+                self._closing = asyncio.ensure_future(self._shut_down())
+            await asyncio.shield(self._closing)
+            if self._state is _State.CLOSED and self._closed_while_starting:
+                raise ClientClosedError("the client was closed while it started") from None
             raise
         self._state = _State.RUNNING
         return self
@@ -139,10 +152,8 @@ class AsyncScaleClient:
                 source = self._model
             else:
                 source = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
-            self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._on_load_report)
-            self._engines = OwnedEngines(
-                self._context, source, self._config, self._num_engines, self._start_timeout, progress.on_loading, self
-            )
+            launch = Launch(source, self._config, self._num_engines, self._start_timeout, progress.on_loading)
+            self._use(OwnedEngines(self._context, launch, self), self._on_load_report)
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
                     codec = group.create_task(asyncio.to_thread(load_codec, source))
@@ -152,10 +163,15 @@ class AsyncScaleClient:
             await self._connect(codec.result(), members.result())
 
     async def _start_attached(self, address: str) -> None:
-        self._dispatcher = Dispatcher(self._context, self._identity, self._policy)
-        self._engines = AttachedEngines(self._context, self._identity, address, self)
+        self._use(AttachedEngines(self._context, self._identity, address, self))
         members = await self._engines.start()
         await self._connect(await asyncio.to_thread(load_codec, self._engines.model), members)
+
+    def _use(self, engines: Engines, on_load_report: LoadWatcher | None = None) -> None:
+        self._engines = engines
+        self._cleanup.push_async_callback(engines.stop)
+        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, on_load_report)
+        self._cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
 
     async def _connect(self, codec: TextCodec, members: Sequence[messages.Member]) -> None:
         if not members:
@@ -176,7 +192,10 @@ class AsyncScaleClient:
             return
         self._check_loop()
         if self._closing is None:
-            drain = drain and self._state is _State.RUNNING
+            if self._state is _State.STARTING:
+                drain = False
+                self._closed_while_starting = True
+                self._starting.cancel()
             self._state = _State.CLOSING
             self._closing = asyncio.ensure_future(self._close(drain, timeout))
         await asyncio.shield(self._closing)
@@ -189,21 +208,16 @@ class AsyncScaleClient:
         except TimeoutError:
             logger.warning("closing: %d requests did not finish within %g s", self._dispatcher.num_live, timeout)
         finally:
-            await self._shut_down(ClientClosedError("the client was closed"))
+            await self._shut_down()
 
-    async def _shut_down(self, error: Exception) -> None:
+    async def _shut_down(self) -> None:
         self._state = _State.CLOSING
         for task in self._joining:
             task.cancel()
-        if hasattr(self, "_dispatcher"):
-            self._dispatcher.fail_all(error)
-            self._dispatcher.close(error)
         try:
-            if hasattr(self, "_engines"):
-                await self._engines.stop()
+            await self._cleanup.aclose()
         finally:
             self._state = _State.CLOSED
-            self._context.destroy(linger=0)
 
     async def __aenter__(self) -> AsyncScaleClient:
         return await self.start()

@@ -82,13 +82,10 @@ class Coordinator:
         return msgspec.structs.replace(report.load, mine=report.by_client.get(client, 0))
 
     def _on_frames(self, frames: list[bytes]) -> None:
-        try:
-            client, payload = frames
-            message = messages.to_coordinator_decoder.decode(payload)
-        except (ValueError, msgspec.MsgspecError):
-            self.num_malformed += 1
-            return
-        match message:
+        client = frames[0]
+        match messages.decode(messages.to_coordinator_decoder, frames[1]) if len(frames) == 2 else None:
+            case None:
+                self.num_malformed += 1
             case messages.Attach(version):
                 if version == messages.PROTOCOL_VERSION:
                     self._clients.add(client)

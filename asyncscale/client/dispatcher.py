@@ -146,11 +146,6 @@ class Dispatcher:
         for choice in request.choices:
             self._choices.pop(choice.wire_id, None)
 
-    def fail_all(self, error: Exception) -> None:
-        """End every request with `error`."""
-        for request in list(self._requests.values()):
-            self.abort(request, error)
-
     async def wait_idle(self) -> None:
         """Return when no request is live."""
         while self._requests:
@@ -286,7 +281,9 @@ class Dispatcher:
         self._load_waiters.clear()
 
     def close(self, error: Exception) -> None:
-        """Tell the engines that this client leaves, and close the sockets. Requests must have ended."""
+        """End every request with `error`, tell the engines that this client leaves, and close the sockets."""
+        for request in list(self._requests.values()):
+            self.abort(request, error)
         for connection in self._connections.values():
             connection.send(messages.Disconnect())
             connection.close(error)
@@ -315,12 +312,11 @@ class _Connection:
             self.connected.set_result(None)
 
     def on_frames(self, frames: list[bytes]) -> None:
-        try:
-            message = messages.from_engine_decoder.decode(frames[0])
-        except msgspec.MsgspecError:
+        message = messages.decode(messages.from_engine_decoder, frames[0])
+        if message is None:
             self._dispatcher.num_malformed += 1
-            return
-        self._dispatcher.on_message(self, message)
+        else:
+            self._dispatcher.on_message(self, message)
 
     def close(self, error: Exception) -> None:
         if not self.connected.done():

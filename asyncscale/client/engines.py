@@ -6,17 +6,15 @@ It owns them, or it is attached to those of another process. Same face, no subcl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 import zmq
 
 from asyncscale import messages, transport
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.loop_socket import LoopSocket
-from asyncscale.client.supervisor import EngineProcess, LoadingCallback, Supervisor
-from asyncscale.config import EngineConfig, ModelSource
+from asyncscale.client.supervisor import EngineProcess, Launch, Supervisor
+from asyncscale.config import ModelSource
 from asyncscale.errors import AsyncScaleError, EngineDeadError
 
 # An owner that is there answers within milliseconds, unless its event loop is blocked by user code.
@@ -58,19 +56,14 @@ class OwnedEngines:
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        model: ModelSource,
-        config: EngineConfig,
-        num_engines: int,
-        start_timeout: float,
-        on_loading: LoadingCallback,
+        launch: Launch,
         events: EngineEvents,
     ) -> None:
-        self.model = model
-        self._start_timeout = start_timeout
+        self.model = launch.model
         self._events = events
-        self.supervisor = Supervisor(model, config, num_engines, on_loading, self._on_death)
+        self.supervisor = Supervisor(launch, self._on_death)
         try:
-            self._coordinator = Coordinator(context, self.supervisor.folder, model)
+            self._coordinator = Coordinator(context, self.supervisor.folder, self.model)
         except BaseException:
             transport.remove_runtime_folder(self.supervisor.folder)
             raise
@@ -78,7 +71,7 @@ class OwnedEngines:
 
     async def start(self) -> list[messages.Member]:
         """Start all engines side by side. Raises EngineStartError or ModelLoadError, and leaves nothing behind."""
-        members = [_member(engine) for engine in await self.supervisor.start(self._start_timeout)]
+        members = [_member(engine) for engine in await self.supervisor.start()]
         for member in members:
             self._coordinator.join(member)
         return members
@@ -139,13 +132,10 @@ class AttachedEngines:
         self._socket.close()
 
     def _on_frames(self, frames: list[bytes]) -> None:
-        try:
-            message = messages.from_coordinator_decoder.decode(frames[0])
-        except msgspec.MsgspecError:
-            self.num_malformed += 1
-            return
-        match message:
-            case messages.Welcome(members=members):
+        match messages.decode(messages.from_coordinator_decoder, frames[0]):
+            case None:
+                self.num_malformed += 1
+            case messages.Welcome(members=members) as message:
                 self._members = {member.engine_id: member for member in members}
                 if not self._welcome.done():
                     self._welcome.set_result(message)
@@ -167,9 +157,6 @@ class AttachedEngines:
                     reason = f"engine {engine_id} ended: its owner closed"
                     self._events.engine_left(engine_id, EngineDeadError(reason, engine_id=engine_id))
                 self._members.clear()
-
-
-EnginesFactory = Callable[[zmq.Context[zmq.Socket[bytes]], bytes, EngineEvents], Engines]
 
 
 def _member(engine: EngineProcess) -> messages.Member:

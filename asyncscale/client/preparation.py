@@ -100,7 +100,7 @@ class Preparation:
         bias = params.logit_bias or {}
         self._check_ids("logit_bias", bias)
         if not params.ignore_eos:
-            stop_token_ids |= self.codec.eos_token_ids
+            stop_token_ids |= {token_id for token_id in self.codec.eos_token_ids if token_id < self.facts.vocab_size}
         return Sampling(
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             min_tokens=params.min_tokens,

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-import msgspec
-
 from asyncscale import messages, transport
 from asyncscale.client.spawn import make_lifeline, start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
@@ -26,6 +24,17 @@ _STDERR_TAIL_BYTES = 8192
 
 LoadingCallback = Callable[[int, str, float], None]
 DeathCallback = Callable[["EngineProcess", EngineDeadError], None]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which engines to start. timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done."""
+
+    model: ModelSource
+    config: EngineConfig
+    num_engines: int
+    timeout: float
+    on_loading: LoadingCallback
 
 
 @dataclass(eq=False)
@@ -76,37 +85,27 @@ class Supervisor:
     each engine ends when its lifeline closes.
     """
 
-    def __init__(
-        self,
-        model: ModelSource,
-        config: EngineConfig,
-        num_engines: int,
-        on_loading: LoadingCallback,
-        on_death: DeathCallback,
-    ) -> None:
-        self._model = model
-        self._config = config
-        self._num_engines = num_engines
-        self._on_loading = on_loading
+    def __init__(self, launch: Launch, on_death: DeathCallback) -> None:
+        self._launch = launch
         self._on_death = on_death
         self.folder = transport.make_runtime_folder()
         self.engines: dict[int, EngineProcess] = {}
         self._loop = asyncio.get_running_loop()
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
 
-    async def start(self, timeout: float) -> Sequence[EngineProcess]:
+    async def start(self) -> Sequence[EngineProcess]:
         """Start all engines at once and wait until all are ready; when one fails, stop all and raise.
 
         Raises EngineStartError (with the child's traceback), or the ModelLoadError that the child raised.
         """
-        ready = [self._start_engine(engine_id) for engine_id in range(self._num_engines)]
+        ready = [self._start_engine(engine_id) for engine_id in range(self._launch.num_engines)]
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(self._launch.timeout):
                 await asyncio.gather(*ready)
         except TimeoutError:
             slow = next(engine for engine in self.engines.values() if engine.facts is None)
             error = EngineStartError(
-                f"engine {slow.engine_id} was not ready within {timeout:g} s",
+                f"engine {slow.engine_id} was not ready within {self._launch.timeout:g} s",
                 engine_id=slow.engine_id,
                 stderr_tail=slow.stderr_tail(),
             )
@@ -121,10 +120,10 @@ class Supervisor:
         spec = EngineSpec(
             engine_id=engine_id,
             incarnation=incarnation,
-            num_engines=self._num_engines,
+            num_engines=self._launch.num_engines,
             folder=self.folder,
-            model=self._model,
-            config=self._config,
+            model=self._launch.model,
+            config=self._launch.config,
         )
         ours, theirs = make_lifeline()
         process = start_process(f"engine-{engine_id}", run_engine, spec, theirs)
@@ -139,18 +138,18 @@ class Supervisor:
     def _on_lifeline(self, engine: EngineProcess, ready: asyncio.Future[None]) -> bool:
         """Take what the engine says while it starts. Whether it may say more."""
         try:
-            message = messages.from_start_decoder.decode(engine.lifeline.recv_bytes())
-        except (EOFError, OSError, msgspec.MsgspecError):
+            payload = engine.lifeline.recv_bytes()
+        except (EOFError, OSError):
             self._loop.remove_reader(engine.lifeline.fileno())  # its exit follows, and tells the rest
             return False
-        match message:
+        match messages.decode(messages.from_start_decoder, payload):
             case messages.Loading(phase, fraction):
-                self._on_loading(engine.engine_id, phase, fraction)
+                self._launch.on_loading(engine.engine_id, phase, fraction)
             case messages.Ready(facts):
                 engine.facts = facts
                 _resolve(ready, None)
-            case messages.Failed():
-                engine.failure = message  # raised when it has exited, with its exit code
+            case messages.Failed() as failure:
+                engine.failure = failure  # raised when it has exited, with its exit code
         return True
 
     def _on_exit(self, engine: EngineProcess, ready: asyncio.Future[None]) -> None:

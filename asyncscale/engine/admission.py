@@ -15,11 +15,13 @@ from asyncscale.params import Sampling
 
 MAX_CHOICES = 1024
 _INT64 = range(-(2**63) + 1, 2**63)
+_REQUEST_IDS = range(2**63 - MAX_CHOICES)
 
 
 def choice_ids(message: Add) -> range:
-    """The request ids of the message's choices; only the first where `n` makes no sense."""
-    return range(message.request_id, message.request_id + (message.n if 1 <= message.n <= MAX_CHOICES else 1))
+    """The request ids of the message's choices; only the first where the others make no sense."""
+    makes_sense = 1 <= message.n <= MAX_CHOICES and message.request_id in _REQUEST_IDS
+    return range(message.request_id, message.request_id + (message.n if makes_sense else 1))
 
 
 def find_defect(message: Add, vocab_size: int, max_model_len: int) -> str | None:
@@ -48,7 +50,7 @@ def make_choices(message: Add, client: bytes, *, arrival: float, first_order: in
 def _defects(message: Add, vocab_size: int, max_model_len: int) -> Iterator[str]:
     if not 1 <= message.n <= MAX_CHOICES:
         yield f"n must be in [1, {MAX_CHOICES}], got {message.n}"
-    if not 0 <= message.request_id <= _INT64[-1] - MAX_CHOICES:
+    if message.request_id not in _REQUEST_IDS:
         yield f"request_id must be in [0, 2**63 - {MAX_CHOICES}), got {message.request_id}"
     if message.priority not in _INT64:
         yield f"priority must be a 64-bit integer, got {message.priority}"

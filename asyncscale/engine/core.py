@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from asyncscale.config import EngineConfig
@@ -40,6 +41,8 @@ class EngineCore:
     def __init__(self, runner: Runner, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._runner = runner
         self._clock = clock
+        if not runner.supports_prefix_caching:
+            config = msgspec.structs.replace(config, enable_prefix_caching=False)
         self._outbox = Outbox(config.max_num_seqs)
         self._scheduler = Scheduler(config, num_blocks=runner.num_blocks, max_model_len=runner.max_model_len)
         self._stops = StopConditions(self._scheduler.table, runner.vocab_size)

@@ -123,13 +123,11 @@ class EngineServer:
             if len(frames) != 2:
                 self.num_malformed += 1
                 continue
-            client, payload = frames
-            try:
-                message = messages.to_engine_decoder.decode(payload)
-            except msgspec.MsgspecError:
+            message = messages.decode(messages.to_engine_decoder, frames[1])
+            if message is None:
                 self.num_malformed += 1
-                continue
-            self._handle(client, message)
+            else:
+                self._handle(frames[0], message)
 
     def _handle(self, client: bytes, message: messages.ToEngine) -> None:
         match message:

@@ -12,12 +12,14 @@ class Runner(Protocol):
     """Computes batches. Two implementations: the torch model and the simulation. Called from one thread.
 
     vocab_size, max_model_len, num_blocks (KV-cache blocks that it has room for) and dtype are known once it is made.
+    supports_prefix_caching: whether keys and values depend on nothing but the tokens up to their own.
     """
 
     vocab_size: int
     max_model_len: int
     num_blocks: int
     dtype: str
+    supports_prefix_caching: bool
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on (also when it comes back after a preemption)."""

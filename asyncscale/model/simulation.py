@@ -36,6 +36,7 @@ class SimulatedRunner:
         self.max_model_len = config.max_model_len or model.max_model_len
         self.num_blocks = config.num_kv_blocks or model.num_kv_blocks
         self.dtype = "simulated"
+        self.supports_prefix_caching = True
         self._model = model
         self._requests: dict[int, Request] = {}
         self._keys: UInt64 = np.zeros(config.max_num_seqs, np.uint64)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from asyncscale import messages
+from asyncscale.engine.core import EngineCore
 from asyncscale.params import Sampling
 
 A, B = b"a", b"b"
@@ -413,3 +414,16 @@ def test_outputs_survive_the_wire(make_engine):
     while engine.core.has_work:
         [outputs] = engine.core.step().values()
         assert messages.from_engine_decoder.decode(msgspec.msgpack.encode(outputs)) == outputs
+
+
+def test_a_runner_whose_keys_depend_on_more_than_earlier_tokens_shares_no_prefixes(make_engine):
+    hits = []
+    for supported in (True, False):
+        engine = make_engine(block_size=4)
+        engine.runner.supports_prefix_caching = supported
+        engine.core = EngineCore(engine.runner, engine.config)
+        for request_id in range(2):
+            engine.add(request_id, range(20))
+            engine.run()
+        hits.append(engine.finished(1).num_cached_tokens)
+    assert hits == [16, 0]

@@ -340,6 +340,15 @@ async def test_a_cancelled_start_leaves_nothing_behind() -> None:
         await task
 
 
+async def test_closing_while_it_starts_ends_the_start() -> None:
+    client = AsyncScaleClient(SimulatedModel(load_s=60), num_engines=2)
+    task = asyncio.ensure_future(client.start())
+    await loading_engines(2)
+    await client.close()
+    with pytest.raises(ClientClosedError, match="while it started"):
+        await task
+
+
 async def loading_engines(count: int) -> list[psutil.Process]:
     """The processes of engines that are starting, once there are so many."""
     async with asyncio.timeout(10):
