@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import math
-import multiprocessing
 import os
 import platform
 from importlib.metadata import version
@@ -73,17 +72,15 @@ async def _measure(
         if arguments.warmup:
             await replay(client, requests, read_text=arguments.read_text)
             await client.collective_rpc("reset_prefix_cache")
-        before = _usages()
+        engines = await client.collective_rpc("process_info")
+        pids = {"client": os.getpid()} | {f"engine-{i}": info["pid"] for i, info in enumerate(engines)}
+        before = _usages(pids)
         result = await replay(client, requests, read_text=arguments.read_text)
-        return summarize(result.records, result.duration_s, before, _usages())
+        return summarize(result.records, result.duration_s, before, _usages(pids))
 
 
-def _usages() -> dict[str, Usage]:
-    """Of this process and of the engines that it started."""
-    engines = multiprocessing.active_children()
-    pids = {process.name.removeprefix("asyncscale-"): process.pid for process in engines}
-    named = [("client", os.getpid()), *sorted(pids.items())]
-    return {name: usage for name, pid in named if pid is not None and (usage := process_usage(pid)) is not None}
+def _usages(pids: dict[str, int]) -> dict[str, Usage]:
+    return {name: usage for name, pid in pids.items() if (usage := process_usage(pid)) is not None}
 
 
 def _model(arguments: argparse.Namespace) -> str | SimulatedModel:

@@ -102,7 +102,12 @@ class AttachedEngines:
         loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[messages.Welcome] = loop.create_future()
         self._members: dict[int, messages.Member] = {}
-        self._socket = LoopSocket(loop, transport.connect_dealer(context, address, identity), self._on_frames)
+        socket = transport.connect_dealer(context, address, identity)
+        # An owner that is killed says no farewell: the connection ends.
+        self._monitor = LoopSocket(
+            loop, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), lambda _: self._all_left("its owner died")
+        )
+        self._socket = LoopSocket(loop, socket, self._on_frames)
         self.num_malformed = 0
 
     async def start(self) -> list[messages.Member]:
@@ -130,6 +135,7 @@ class AttachedEngines:
         """Leave."""
         self._socket.send(messages.encoder.encode(messages.Detach()))
         self._socket.close()
+        self._monitor.close()
 
     def _on_frames(self, frames: list[bytes]) -> None:
         match messages.decode(messages.from_coordinator_decoder, frames[0]):
@@ -153,10 +159,13 @@ class AttachedEngines:
                         engine_id, EngineDeadError(reason, engine_id=engine_id, exit_code=exit_code)
                     )
             case messages.Farewell():
-                for engine_id in list(self._members):
-                    reason = f"engine {engine_id} ended: its owner closed"
-                    self._events.engine_left(engine_id, EngineDeadError(reason, engine_id=engine_id))
-                self._members.clear()
+                self._all_left("its owner closed")
+
+    def _all_left(self, reason: str) -> None:
+        members, self._members = self._members, {}
+        for engine_id in members:
+            error = EngineDeadError(f"engine {engine_id} ended: {reason}", engine_id=engine_id)
+            self._events.engine_left(engine_id, error)
 
 
 def _member(engine: EngineProcess) -> messages.Member:

@@ -17,7 +17,8 @@ class StartProgress:
     """Bars for one start of a client: bytes of the model, then the engines together. Use as a context manager."""
 
     def __init__(self, num_engines: int, shown: bool | None = None) -> None:
-        self._disabled = not (sys.stderr.isatty() if shown is None else shown)
+        stderr = sys.stderr  # None in a process that was started without one
+        self._disabled = not (stderr is not None and stderr.isatty() if shown is None else shown)
         self._fractions = dict.fromkeys(range(num_engines), 0.0)
         self._fetch: tqdm[NoReturn] | None = None
         self._load: tqdm[NoReturn] | None = None

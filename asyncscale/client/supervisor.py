@@ -65,8 +65,9 @@ class EngineProcess:
         self.lifeline.close()
         if self.process.is_alive():
             self.process.kill()
-        self.process.join()
-        self.process.close()
+        self.process.join(_EXIT_GRACE_S)
+        with contextlib.suppress(ValueError):  # where somebody else collects children, its end is never known here
+            self.process.close()
 
     def stderr_tail(self) -> str:
         """The end of what the process wrote to stderr."""
@@ -91,6 +92,7 @@ class Supervisor:
         self.folder = transport.make_runtime_folder()
         self.engines: dict[int, EngineProcess] = {}
         self._loop = asyncio.get_running_loop()
+        _supervisors.add(self)
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
 
     async def start(self) -> Sequence[EngineProcess]:
@@ -200,6 +202,19 @@ class Supervisor:
             pass  # it is killed when it is released
         finally:
             self._loop.remove_reader(engine.process.sentinel)
+
+
+# Of this process, alive. A fork of it must not hold their lifelines open: they are the owner's alone.
+_supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+
+
+def _leave_engines_to_the_owner() -> None:
+    for supervisor in list(_supervisors):
+        for engine in supervisor.engines.values():
+            engine.lifeline.close()
+
+
+os.register_at_fork(after_in_child=_leave_engines_to_the_owner)
 
 
 def describe_exit(code: int | None) -> str:

@@ -73,9 +73,10 @@ def _end_with_owner(lifeline: Connection, folder: str) -> None:
         while True:
             lifeline.recv_bytes()  # the owner sends nothing: this returns only by raising
     except (EOFError, OSError):
-        transport.remove_runtime_folder(folder)  # an owner that was killed could not
-        sys.stderr.flush()
-        os._exit(0)
+        try:
+            transport.remove_runtime_folder(folder)  # an owner that was killed could not
+        finally:
+            os._exit(0)
 
 
 def _make_runner(spec: EngineSpec, progress: Callable[[str, float], None]) -> Runner:
@@ -97,6 +98,7 @@ class EngineServer:
         self._core = core
         self._facts = facts
         self._socket = socket
+        self._methods = {**core.methods, "process_info": self._process_info}
         self._watchers: set[bytes] = set()
         self._reported_version = core.load_version
         self.num_malformed = 0
@@ -148,15 +150,19 @@ class EngineServer:
                 self._forget(client)
 
     def _call(self, call: messages.Call) -> messages.CallResult:
-        method = self._core.methods.get(call.method)
+        method = self._methods.get(call.method)
         if method is None:
-            known = ", ".join(sorted(self._core.methods))
+            known = ", ".join(sorted(self._methods))
             return messages.CallResult(call.call_id, error=f"unknown engine method {call.method!r}; known are {known}")
         try:
             value = method(*[msgspec.msgpack.decode(argument) for argument in call.args])
             return messages.CallResult(call.call_id, msgspec.Raw(messages.encoder.encode(value)))
         except Exception as error:  # the caller's arguments, not the engine, are at fault: tell the caller
             return messages.CallResult(call.call_id, error=f"{type(error).__name__}: {error}")
+
+    def _process_info(self) -> dict[str, int]:
+        """Of this process; num_malformed: messages that were dropped because they made no sense."""
+        return {"pid": os.getpid(), "num_malformed": self.num_malformed}
 
     def _report_load(self) -> None:
         """Tell those who watch, as soon as a count changes: before the step as well as after it."""

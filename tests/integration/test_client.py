@@ -57,6 +57,10 @@ async def reach(client: AsyncScaleClient, in_flight: int) -> None:
                 return
 
 
+async def engine_pids(client: AsyncScaleClient) -> list[int]:
+    return [info["pid"] for info in await client.collective_rpc("process_info")]
+
+
 # --- generate
 
 
@@ -391,7 +395,7 @@ async def test_when_the_only_engine_dies_requests_raise_engine_dead_error() -> N
     async with AsyncScaleClient(FAST, num_engines=1) as client:
         generation = client.generate("hello", **LONG)
         await reach(client, 1)
-        os.kill(next(iter(client._engines.supervisor.engines.values())).pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill((await engine_pids(client))[0], signal.SIGKILL)
         with pytest.raises(EngineDeadError) as caught:
             await generation
         assert (caught.value.engine_id, caught.value.exit_code) == (0, -signal.SIGKILL)
@@ -403,7 +407,7 @@ async def test_when_one_of_two_engines_dies_the_other_goes_on() -> None:
     async with AsyncScaleClient(FAST, num_engines=2) as client:
         doomed, other = (client.generate("hello", engine=engine, **LONG) for engine in (0, 1))
         await reach(client, 2)
-        os.kill(client._engines.supervisor.engines[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill((await engine_pids(client))[0], signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await doomed
         other.abort()
@@ -412,8 +416,8 @@ async def test_when_one_of_two_engines_dies_the_other_goes_on() -> None:
 
 async def test_neither_client_nor_engine_imports_torch_for_the_simulated_model(client: AsyncScaleClient) -> None:
     assert "torch" not in sys.modules
-    for engine in client._engines.supervisor.engines.values():  # type: ignore[attr-defined]
-        assert not any("libtorch" in mapping.path for mapping in psutil.Process(engine.pid).memory_maps())
+    for pid in await engine_pids(client):
+        assert not any("libtorch" in mapping.path for mapping in psutil.Process(pid).memory_maps())
 
 
 # --- calls, and other clients
@@ -428,7 +432,7 @@ async def test_collective_rpc_runs_once_on_every_engine_in_order(client: AsyncSc
 
 
 async def test_an_unknown_engine_method_is_refused(client: AsyncScaleClient) -> None:
-    with pytest.raises(EngineError, match="unknown engine method '__init__'; known are kv_cache_stats"):
+    with pytest.raises(EngineError, match="unknown engine method '__init__'; known are kv_cache_stats, process_info"):
         await client.collective_rpc("__init__")
 
 
