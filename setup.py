@@ -1,3 +1,34 @@
-from setuptools import setup
+"""Native kernels, each compiled once per instruction set; all else is in setup.cfg.
 
-setup()
+The engine loads the best one that its CPU has. A library that cannot be built is left out with a warning.
+"""
+
+from __future__ import annotations
+
+import platform
+
+from setuptools import Extension, setup
+
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+_X86_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+
+
+def _attention(isa: str, flags: list[str]) -> Extension:
+    return Extension(
+        f"asyncscale.kernels._attention_{isa}",
+        ["asyncscale/kernels/attention.cpp"],
+        depends=[f"asyncscale/kernels/{name}.h" for name in ("paged_attention", "plan", "scores", "vectors")],
+        # The standard says nothing of fused multiplications, so compilers have to be told that they may.
+        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread", *flags],
+        extra_link_args=["-pthread"],
+        language="c++",
+        optional=True,
+    )
+
+
+_is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+setup(
+    ext_modules=[
+        _attention(isa, flags) for isa, flags in {"portable": [], **(_X86_FLAGS if _is_x86 else {})}.items()
+    ]
+)

@@ -1,0 +1,1 @@
+"""Native kernels: C++ sources, and the Python door to them."""
