@@ -11,25 +11,63 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import process, spawn
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+# What a terminal or a service manager sends to the whole group. The owner decides what it means; its engines ignore
+# it from their first instruction on (`run_engine` lifts the block), and end when the owner does.
+GROUP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 _starting = threading.Lock()
 
 
-def start_process(name: str, target: Callable[..., None], *args: Any) -> BaseProcess:
-    """Start `target(*args)` in a fresh interpreter. The caller sees to its end."""
-    child = SpawnProcess(target=target, args=args, name=f"asyncscale-{name}")
-    with _starting, _main_left_out(child.name), _children_allowed():
-        child.start()
+def start_process(
+    name: str, target: Callable[[Any, Connection], None], argument: object
+) -> tuple[BaseProcess, Connection]:
+    """Start `target(argument, lifeline)` in a fresh interpreter. Returns the process, and this side of the lifeline.
+
+    The lifeline is a pipe: when the process at one end of it is gone, the other reads end-of-file. The caller sees to
+    the child's end.
+    """
+    with _starting, _standard_descriptors_taken():
+        ours, theirs = SpawnContext().Pipe(duplex=True)
+        child = SpawnProcess(target=target, args=(argument, theirs), name=f"asyncscale-{name}")
+        with _main_left_out(child.name), _children_allowed(), _group_signals_blocked():
+            child.start()
+        theirs.close()  # else the child's end would stay open here, and its death would not close it
     process._children.discard(child)  # type: ignore[attr-defined]
-    return child
+    return child, ours
+
+
+@contextmanager
+def _standard_descriptors_taken() -> Iterator[None]:
+    """In a process that was started without stdin, stdout or stderr, pipes would take their places."""
+    taken: list[int] = []
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        taken.append(descriptor)
+    os.close(descriptor)
+    try:
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+@contextmanager
+def _group_signals_blocked() -> Iterator[None]:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
@@ -60,8 +98,3 @@ def _children_allowed() -> Iterator[None]:
     finally:
         if daemon is not None:
             config["daemon"] = daemon
-
-
-def make_lifeline() -> tuple[Any, Any]:
-    """Two ends of a pipe: the owner's and the child's. When one process ends, the other reads end-of-file."""
-    return multiprocessing.get_context("spawn").Pipe(duplex=True)

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from asyncscale import messages, transport
-from asyncscale.client.spawn import make_lifeline, start_process
+from asyncscale.client.spawn import start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
 from asyncscale.engine.process import run_engine
 from asyncscale.errors import EngineDeadError, EngineStartError, ModelLoadError
@@ -127,13 +127,11 @@ class Supervisor:
             model=self._launch.model,
             config=self._launch.config,
         )
-        ours, theirs = make_lifeline()
-        process = start_process(f"engine-{engine_id}", run_engine, spec, theirs)
-        theirs.close()  # else the engine's end would stay open here, and its death would not close it
-        engine = EngineProcess(spec, process, ours)
+        process, lifeline = start_process(spec.name, run_engine, spec)
+        engine = EngineProcess(spec, process, lifeline)
         self.engines[engine_id] = engine
         ready: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(ours.fileno(), self._on_lifeline, engine, ready)
+        self._loop.add_reader(lifeline.fileno(), self._on_lifeline, engine, ready)
         self._loop.add_reader(process.sentinel, self._on_exit, engine, ready)
         return ready
 

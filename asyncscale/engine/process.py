@@ -27,9 +27,9 @@ from asyncscale.errors import ModelLoadError
 
 def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     """Load the model of `spec`, tell the supervisor on `lifeline`, then serve until the lifeline closes."""
-    _take_over_stdio(spec.stderr_path)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides what it means
     threading.Thread(target=_end_with_owner, args=(lifeline, spec.folder), name="lifeline", daemon=True).start()
+    _ignore_group_signals()
+    _take_over_stdio(spec.stderr_path)
 
     def tell(message: messages.FromStart) -> None:
         lifeline.send_bytes(messages.encoder.encode(message))
@@ -57,15 +57,27 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     server.run()
 
 
+def _ignore_group_signals() -> None:
+    """Ctrl-C and its like reach the whole process group; the owner decides what they mean, and was started first."""
+    ignored = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # blocked while the interpreter started
+
+
 def _take_over_stdio(stderr_path: str) -> None:
     """Write stderr to the file that the supervisor reads its end of, and read nothing from the user's terminal."""
-    log = os.open(stderr_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        log = os.open(stderr_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except FileNotFoundError:
+        os._exit(0)  # the folder is gone, and so is the owner
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(log, 2)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    os.close(log)
-    os.close(null)
+    for descriptor in (log, null):
+        if descriptor > 2:
+            os.close(descriptor)
 
 
 def _end_with_owner(lifeline: Connection, folder: str) -> None:
