@@ -23,6 +23,7 @@ class Timing:
     """When what happened to a request.
 
     arrival, first_token, last_token: time.monotonic() of the client's process.
+    engine: the one that finished it. num_moves: to another engine, because one died.
     queued_s: seconds that it waited on its engine before its first step. num_cached_tokens: prompt tokens found in
     the prefix cache.
     """
@@ -35,6 +36,7 @@ class Timing:
     num_output_tokens: int
     num_cached_tokens: int
     num_preemptions: int
+    num_moves: int
 
     @property
     def ttft(self) -> float | None:

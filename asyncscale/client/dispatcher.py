@@ -49,7 +49,7 @@ class Dispatcher:
         self._connections: dict[int, _Connection] = {}
         self._choices: dict[int, ChoiceStream] = {}  # by wire id
         self._requests: dict[str, RequestStream] = {}  # live ones, by their caller's id
-        self._held: list[tuple[int, int, RequestStream]] = []  # heap of (priority, wire id, request)
+        self._held: list[tuple[int, int, RequestStream]] = []  # heap of (priority, order, request)
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._next_wire_id = 0
@@ -72,7 +72,11 @@ class Dispatcher:
         self._dispatch_held()
 
     def leave(self, engine_id: int, error: EngineDeadError) -> None:
-        """An engine is gone: what it sent last still counts, what it left undone fails with `error`."""
+        """An engine is gone: what it sent last still counts, and what it left undone goes on at another engine.
+
+        A request that was pinned to it, that loses an engine for the second time, or that finds no other one, fails
+        with `error`.
+        """
         connection = self._connections.pop(engine_id, None)
         if connection is None:
             return
@@ -80,12 +84,26 @@ class Dispatcher:
         connection.close(error)
         self._router.leave(engine_id)
         self._last_death = error
-        aboard = [request for request in self._requests.values() if request.engine_id == engine_id]
-        if not self._router:
-            aboard = list(self._requests.values())
-        for request in aboard:
-            request.fail(error)
+        for request in list(self._requests.values()):
+            if not self._connections:
+                request.fail(error)
+            elif request.engine_id == engine_id:
+                self._move(request, error)
+        self._dispatch_held()
         self._notify_loads()
+
+    def _move(self, request: RequestStream, error: EngineDeadError) -> None:
+        if request.pinned_engine is not None or request.num_moves:
+            request.fail(error)  # a request that takes engines down must not take them all
+            return
+        request.num_moves += 1
+        request.engine_id = None
+        for choice in request.open_choices:
+            # A new id: the old one may still be in a message that has not arrived.
+            del self._choices[choice.wire_id]
+            choice.wire_id = self.allocate_wire_ids(1)
+            self._choices[choice.wire_id] = choice
+        self._hold(request)
 
     def loads(self) -> tuple[EngineLoad, ...]:
         """Every engine's load, in engine order."""
@@ -132,12 +150,12 @@ class Dispatcher:
         if request.pinned_engine is not None:
             self._send(request, request.pinned_engine)
             return
-        heapq.heappush(self._held, (request.priority, request.choices[0].wire_id, request))
+        self._hold(request)
         self._dispatch_held()
 
     def abort(self, request: RequestStream, error: Exception) -> None:
         """End the request with `error`, here at once and on its engine as soon as it hears."""
-        self._abort_on_engine(request, [c.wire_id for c in request.choices if c.finish_reason is None])
+        self._abort_on_engine(request, [choice.wire_id for choice in request.open_choices])
         request.fail(error)
 
     def request_ended(self, request: RequestStream) -> None:
@@ -150,6 +168,9 @@ class Dispatcher:
         """Return when no request is live."""
         while self._requests:
             await next(iter(self._requests.values())).wait_end()
+
+    def _hold(self, request: RequestStream) -> None:
+        heapq.heappush(self._held, (request.priority, request.order, request))
 
     def _dispatch_held(self) -> None:
         while self._held:
@@ -166,17 +187,9 @@ class Dispatcher:
 
     def _send(self, request: RequestStream, engine_id: int) -> None:
         request.engine_id = engine_id
-        self._router.sent(engine_id, len(request.choices))
-        self._connections[engine_id].send(
-            messages.Add(
-                request_id=request.choices[0].wire_id,
-                token_ids=request.prompt_token_ids.astype("<i4").tobytes(),
-                num_prompt_tokens=len(request.prompt_token_ids),
-                sampling=request.sampling,
-                n=len(request.choices),
-                priority=request.priority,
-            )
-        )
+        for message in request.messages():
+            self._router.sent(engine_id, message.n)
+            self._connections[engine_id].send(message)
 
     def _abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:
         connection = self._connections.get(request.engine_id) if request.engine_id is not None else None

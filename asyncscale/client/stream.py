@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from asyncscale.client.completion import ChoiceCompletion, Completion, Logprob, Timing
-from asyncscale.messages import FinishReason, TokenLogprobs
+from asyncscale.messages import Add, FinishReason, TokenLogprobs
 from asyncscale.params import Sampling, SamplingParams
 from asyncscale.tokenization.codec import Detokenizer, TextCodec
 from asyncscale.tokenization.stop import StopStrings
@@ -169,7 +170,9 @@ class RequestStream:
         self.queued_s = 0.0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_moves = 0  # to another engine, because one died
         self.engine_id: int | None = None
+        self.order = wire_id  # of arrival at this client
         self.error: Exception | None = None
         self.done = False
         self.timer: asyncio.TimerHandle | None = None
@@ -182,6 +185,35 @@ class RequestStream:
         self._num_open = params.n
         self._token_waiters: list[asyncio.Future[None]] = []
         self._end_waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def open_choices(self) -> list[ChoiceStream]:
+        """Those that have not ended."""
+        return [choice for choice in self.choices if choice.finish_reason is None]
+
+    def messages(self) -> list[Add]:
+        """What asks an engine for the rest of this request: all of it, or what another engine left undone.
+
+        The draw of a token depends on seed and position only, so the tokens go on as they would have there.
+        """
+        if self.num_moves == 0:
+            return [self._message(self.choices[0].wire_id, self.prompt_token_ids, self.sampling, len(self.choices))]
+        has_prompt_logprobs = self.num_tokens > 0
+        if not has_prompt_logprobs:
+            self.prompt_logprobs.clear()  # a part of the prompt was computed; it is all computed again
+        messages = []
+        for choice in self.open_choices:
+            sampling = msgspec.structs.replace(
+                self.sampling,
+                seed=(self.sampling.seed + choice.index) % 2**64,
+                prompt_logprobs=None if has_prompt_logprobs or choice.index else self.sampling.prompt_logprobs,
+            )
+            token_ids = np.append(self.prompt_token_ids, choice.token_ids)
+            messages.append(self._message(choice.wire_id, token_ids, sampling, 1))
+        return messages
+
+    def _message(self, wire_id: int, token_ids: npt.NDArray[np.integer], sampling: Sampling, n: int) -> Add:
+        return Add(wire_id, token_ids.astype("<i4").tobytes(), len(self.prompt_token_ids), sampling, n, self.priority)
 
     @property
     def num_tokens(self) -> int:
@@ -245,6 +277,7 @@ class RequestStream:
             num_output_tokens=self.num_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_preemptions=self.num_preemptions,
+            num_moves=self.num_moves,
         )
 
 
