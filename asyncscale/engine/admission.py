@@ -30,7 +30,7 @@ def find_defect(message: Add, vocab_size: int, max_model_len: int) -> str | None
 
 
 def make_choices(message: Add, client: bytes, *, arrival: float, first_order: int) -> list[Request]:
-    """One request per choice, from a message without defect; choice c is drawn with seed + c (mod 2**64)."""
+    """One request per choice, from a message without defect."""
     token_ids = np.frombuffer(message.token_ids, "<i4").astype(np.int32)
     return [
         Request(
@@ -38,13 +38,19 @@ def make_choices(message: Add, client: bytes, *, arrival: float, first_order: in
             request_id,
             token_ids,
             message.num_prompt_tokens,
-            msgspec.structs.replace(message.sampling, seed=(message.sampling.seed + choice) % 2**64),
+            _sampling_of(message.sampling, choice),
             priority=message.priority,
             arrival=arrival,
             order=first_order + choice,
         )
         for choice, request_id in enumerate(choice_ids(message))
     ]
+
+
+def _sampling_of(sampling: Sampling, choice: int) -> Sampling:
+    """Choice c is drawn with seed + c (mod 2**64); the prompt's log-probabilities come with the first."""
+    prompt_logprobs = None if choice else sampling.prompt_logprobs
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + choice) % 2**64, prompt_logprobs=prompt_logprobs)
 
 
 def _defects(message: Add, vocab_size: int, max_model_len: int) -> Iterator[str]:

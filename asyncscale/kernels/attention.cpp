@@ -14,19 +14,16 @@ using namespace attention;
 
 template <class E, int W>
 void attend_items(const Plan& plan, const void* queries, const void* cache, void* output) {
-  const int64_t num_units = plan.num_items * plan.num_kv_heads;
-  const int64_t num_threads = std::min(plan.num_threads, num_units);
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t thread) {
     char* scratch = static_cast<char*>(plan.scratch) + thread * plan.scratch_bytes;
     PagedAttention<E, W> attention(plan, static_cast<const E*>(cache), scratch);
-    for (int64_t unit = next++; unit < num_units; unit = next++)
-      attention.run(plan.items[unit / plan.num_kv_heads], unit % plan.num_kv_heads, static_cast<const E*>(queries),
-                    static_cast<E*>(output));
+    for (int64_t unit = next++; unit < attention.num_units(); unit = next++)
+      attention.run(unit, static_cast<const E*>(queries), static_cast<E*>(output));
   };
   std::vector<std::thread> helpers;
   try {
-    for (int64_t thread = 1; thread < num_threads; thread++) helpers.emplace_back(work, thread);
+    for (int64_t thread = 1; thread < plan.num_threads; thread++) helpers.emplace_back(work, thread);
   } catch (const std::system_error&) {
     // No further thread can be had: those that run do all the work.
   }

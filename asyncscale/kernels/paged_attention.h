@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "plan.h"
 #include "scores.h"
@@ -58,93 +59,98 @@ class PagedAttention {
         chunks_{plan.head_dim},
         scale_(float(plan.scale / std::log(2.0))) {}
 
-  void run(const Item& item, int64_t kv_head, const E* queries, E* output) {
+  int64_t num_units() const { return plan_.num_items * plan_.num_kv_heads; }
+
+  // Computes one item for the query heads of one key head.
+  void run(int64_t unit, const E* queries, E* output) {
+    const Item& item = plan_.items[unit / plan_.num_kv_heads];
     const int64_t rows = item.num_tokens * group_;
     const Scratch scratch(memory_, rows, Scratch::padded(plan_));
     const bool packs = rows >= kRowsToPack;
-    const int64_t head = kv_head * group_ * plan_.head_dim;
     for (int64_t row = 0; row < rows; row++) {
-      const E* query = queries + element(item, row, plan_.query_stride) + head;
+      const E* query = queries + offset(unit, row, plan_.query_stride);
       packs ? pack_query<E, W>(query, plan_.head_dim, scratch.queries, row)
-            : chunks_.split_query(query, reinterpret_cast<E*>(scratch.queries) + row * chunks_.padded());
+            : chunks_.split_query(query, scratch.queries, row);
     }
     std::fill_n(scratch.sums, rows * chunks_.padded(), 0.0f);
     std::fill_n(scratch.maxima, rows, kLowest);
     std::fill_n(scratch.totals, rows, 0.0f);
-    const int64_t end = item.position + item.num_tokens;
-    for (int64_t first = first_seen(item.position); first < end; first += kTile) {
-      locate(item, kv_head, first, std::min<int64_t>(kTile, end - first));
-      prefetch(item, kv_head, first + kTile, std::min<int64_t>(kTile, end - first - kTile));
-      add_tile(item, scratch, packs);
-    }
-    for (int64_t row = 0; row < rows; row++)
-      write(scratch, row, output + element(item, row, plan_.output_stride) + head);
+    add_tiles(unit, scratch, packs);
+    for (int64_t row = 0; row < rows; row++) write(scratch, row, output + offset(unit, row, plan_.output_stride));
   }
 
  private:
-  // A row's place among queries or output, from its key head's first query head on.
-  int64_t element(const Item& item, int64_t row, int64_t stride) const {
-    return (item.first_token + row / group_) * stride + row % group_ * plan_.head_dim;
+  struct Tile {
+    int64_t first;         // position of its first key
+    int64_t size;          // number of its keys
+    const E* keys[kTile];  // where they are; then the last one again and again
+  };
+
+  // A row's place among queries or output.
+  int64_t offset(int64_t unit, int64_t row, int64_t stride) const {
+    const int64_t token = plan_.items[unit / plan_.num_kv_heads].first_token + row / group_;
+    return token * stride + (unit % plan_.num_kv_heads * group_ + row % group_) * plan_.head_dim;
   }
 
+  // The first position that a token at `position` sees.
   int64_t first_seen(int64_t position) const { return std::max<int64_t>(position - plan_.window + 1, 0); }
 
-  // Calls use(key, count) for each run of keys that follow each other in the cache, from position `first` on.
-  template <class Use>
-  void for_each_run(const Item& item, int64_t kv_head, int64_t first, int64_t size, Use use) const {
-    const int32_t* blocks = plan_.block_table + item.row * plan_.block_table_stride;
-    int64_t block = first / plan_.block_size, slot = first % plan_.block_size;
-    for (; size > 0; slot = 0) {
-      const int64_t count = std::min(plan_.block_size - slot, size);
-      use(cache_ + blocks[block++] * plan_.block_stride + kv_head * plan_.head_stride + slot * plan_.head_dim, count);
-      size -= count;
+  void add_tiles(int64_t unit, const Scratch& scratch, bool packs) {
+    const Item& item = plan_.items[unit / plan_.num_kv_heads];
+    const int64_t end = item.position + item.num_tokens;
+    Tile* tile = &tiles_[0];
+    Tile* next = &tiles_[1];
+    locate(*tile, unit, first_seen(item.position));
+    for (bool is_last = false; !is_last; std::swap(tile, next)) {
+      const int64_t first = tile->first + kTile;
+      is_last = first >= end;
+      if (!is_last)
+        locate(*next, unit, first);
+      else if (unit + 1 < num_units())
+        locate(*next, unit + 1, first_seen(plan_.items[(unit + 1) / plan_.num_kv_heads].position));
+      add_tile(item, *tile, *next, scratch, packs);
     }
   }
 
-  // Finds the tile's keys. What is beyond them up to a whole vector repeats the last one.
-  void locate(const Item& item, int64_t kv_head, int64_t first, int64_t size) {
-    first_ = first;
-    size_ = size;
-    const E** next = keys_;
-    for_each_run(item, kv_head, first, size, [&](const E* key, int64_t count) {
-      for (int64_t i = 0; i < count; i++) *next++ = key + i * plan_.head_dim;
-    });
-    std::fill(next, keys_ + round_up(size, W), keys_[size - 1]);
+  void locate(Tile& tile, int64_t unit, int64_t first) const {
+    const Item& item = plan_.items[unit / plan_.num_kv_heads];
+    tile.first = first;
+    tile.size = std::min<int64_t>(kTile, item.position + item.num_tokens - first);
+    const E* head = cache_ + unit % plan_.num_kv_heads * plan_.head_stride;
+    const int32_t* blocks = plan_.block_table + item.row * plan_.block_table_stride + first / plan_.block_size;
+    int64_t slot = first % plan_.block_size;
+    for (int64_t i = 0; i < tile.size; slot = 0, blocks++)
+      for (; slot < plan_.block_size && i < tile.size; slot++)
+        tile.keys[i++] = head + *blocks * plan_.block_stride + slot * plan_.head_dim;
+    std::fill(tile.keys + tile.size, tile.keys + kTile, tile.keys[tile.size - 1]);
   }
 
-  // Blocks are scattered, so the hardware does not foresee them.
-  void prefetch(const Item& item, int64_t kv_head, int64_t first, int64_t size) const {
-    for_each_run(item, kv_head, first, size, [&](const E* key, int64_t count) {
-      const char* line = reinterpret_cast<const char*>(key);
-      const int64_t to_value = plan_.value_offset * int64_t(sizeof(E));
-      for (int64_t i = 0; i < count * plan_.head_dim * int64_t(sizeof(E)); i += 64) {
-        __builtin_prefetch(line + i);
-        __builtin_prefetch(line + i + to_value);
-      }
-    });
-  }
-
-  void add_tile(const Item& item, const Scratch& scratch, bool packs) {
-    const int64_t first_token = std::max<int64_t>(first_ - item.position, 0);
-    const int64_t last_token = std::min(item.num_tokens - 1, first_ + size_ - 2 + plan_.window - item.position);
+  void add_tile(const Item& item, const Tile& tile, const Tile& next, const Scratch& scratch, bool packs) const {
+    const int64_t last_key = tile.first + tile.size - 1;
+    const int64_t first_token = std::max<int64_t>(tile.first - item.position, 0);
+    const int64_t last_token = std::min(item.num_tokens - 1, last_key + plan_.window - 1 - item.position);
     const int64_t begin = first_token * group_, end = (last_token + 1) * group_;
     if (packs)
-      score_packed<E, W>(keys_, size_, plan_.head_dim, scratch.queries, scratch.packed, begin, end, scratch.scores);
+      score_packed<E, W>(tile.keys, tile.size, plan_.head_dim, scratch.queries, scratch.packed, begin, end,
+                         scratch.scores);
     for (int64_t row = begin; row < end; row++) {
-      float* scores = scratch.scores + row * kTile;
-      if (!packs) chunks_.score(reinterpret_cast<E*>(scratch.queries) + row * chunks_.padded(), keys_, size_, scores);
-      exponentiate(item.position + row / group_, row, scratch);
+      if (!packs) chunks_.score(scratch.queries, row, tile.keys, tile.size, scratch.scores + row * kTile);
+      weigh(tile, item.position + row / group_, row, scratch);
     }
-    for (int64_t row = begin; row < end; row += kRowsTogether) add_values(scratch, row, end - row);
+    for (int64_t row = begin; row < end; row += kRowsTogether)
+      if (packs || row > begin)
+        add_values<false>(tile, next, scratch, row, end - row);
+      else
+        add_values<true>(tile, next, scratch, row, end - row);
   }
 
   // Turns a row's scores into weights, relative to the largest score so far.
-  void exponentiate(int64_t position, int64_t row, const Scratch& scratch) const {
+  void weigh(const Tile& tile, int64_t position, int64_t row, const Scratch& scratch) const {
     float* scores = scratch.scores + row * kTile;
-    const int32_t begin = int32_t(std::max<int64_t>(first_seen(position) - first_, 0));
-    const int32_t end = int32_t(std::min<int64_t>(position + 1 - first_, size_));
+    const int32_t begin = int32_t(std::max<int64_t>(first_seen(position) - tile.first, 0));
+    const int32_t end = int32_t(std::min<int64_t>(position + 1 - tile.first, tile.size));
     Floats<W> largest_scores = broadcast<W>(kLowest);
-    for (int i = 0; i < size_; i += W) {
+    for (int i = 0; i < tile.size; i += W) {
       const Ints<W> key = iota<W>() + i;
       const Floats<W> score = load<Floats<W>>(scores + i) * scale_;
       const Floats<W> visible = (key >= begin) & (key < end) ? score : broadcast<W>(-INFINITY);
@@ -153,7 +159,7 @@ class PagedAttention {
     }
     const float maximum = std::max(scratch.maxima[row], largest<W>(largest_scores));
     Floats<W> total{};
-    for (int i = 0; i < size_; i += W) {
+    for (int i = 0; i < tile.size; i += W) {
       const Floats<W> weight = exp2<W>(load<Floats<W>>(scores + i) - maximum);
       total += weight;
       store(scores + i, weight);
@@ -164,40 +170,48 @@ class PagedAttention {
     scratch.totals[row] = scratch.totals[row] * decay + sum<W>(total);
   }
 
-  void add_values(const Scratch& scratch, int64_t row, int64_t num_rows) const {
+  template <bool kPrefetches>
+  void add_values(const Tile& tile, const Tile& next, const Scratch& scratch, int64_t row, int64_t num_rows) const {
     switch (num_rows) {
       case 1:
-        return add_values<1>(scratch, row);
+        return add_values<kPrefetches, 1>(tile, next, scratch, row);
       case 2:
-        return add_values<2>(scratch, row);
+        return add_values<kPrefetches, 2>(tile, next, scratch, row);
       case 3:
-        return add_values<3>(scratch, row);
+        return add_values<kPrefetches, 3>(tile, next, scratch, row);
       default:
-        return add_values<kRowsTogether>(scratch, row);
+        return add_values<kPrefetches, kRowsTogether>(tile, next, scratch, row);
     }
   }
 
-  template <int R>
-  void add_values(const Scratch& scratch, int64_t row) const {
+  // Adds the weighted values to the sums of rows row .. row + R. Blocks are scattered, so that the hardware does not
+  // foresee them: where memory is the bottleneck, the next tile is fetched meanwhile, line by line.
+  template <bool kPrefetches, int R>
+  void add_values(const Tile& tile, const Tile& next, const Scratch& scratch, int64_t row) const {
+    const int64_t padded = chunks_.padded();
     const float* weights = scratch.scores + row * kTile;
     for (int64_t chunk = 0; chunk < chunks_.count(); chunk++) {
-      float* sums = scratch.sums + row * chunks_.padded() + chunk * 2 * W;
-      const int64_t offset = plan_.value_offset + chunks_.offset(chunk);
+      float* sums = scratch.sums + row * padded + chunk * 2 * W;
+      const int64_t key_offset = chunks_.offset(chunk), value_offset = plan_.value_offset + key_offset;
       Floats<W> first[R], second[R];
       for (int r = 0; r < R; r++) {
-        first[r] = load<Floats<W>>(sums + r * chunks_.padded()) * scratch.decays[row + r];
-        second[r] = load<Floats<W>>(sums + r * chunks_.padded() + W) * scratch.decays[row + r];
+        first[r] = load<Floats<W>>(sums + r * padded) * scratch.decays[row + r];
+        second[r] = load<Floats<W>>(sums + r * padded + W) * scratch.decays[row + r];
       }
-      for (int64_t key = 0; key < size_; key++) {
-        const Pair<W> value = load_pair<W>(keys_[key] + offset);
+      for (int64_t key = 0; key < tile.size; key++) {
+        const Pair<W> value = load_pair<W>(tile.keys[key] + value_offset);
+        if constexpr (kPrefetches) {
+          __builtin_prefetch(next.keys[key] + key_offset);
+          __builtin_prefetch(next.keys[key] + value_offset);
+        }
         for (int r = 0; r < R; r++) {
           first[r] += value.first * weights[r * kTile + key];
           second[r] += value.second * weights[r * kTile + key];
         }
       }
       for (int r = 0; r < R; r++) {
-        store(sums + r * chunks_.padded(), first[r]);
-        store(sums + r * chunks_.padded() + W, second[r]);
+        store(sums + r * padded, first[r]);
+        store(sums + r * padded + W, second[r]);
       }
     }
   }
@@ -213,12 +227,10 @@ class PagedAttention {
   const Plan& plan_;
   const E* const cache_;
   char* const memory_;
-  const int64_t group_;
+  const int64_t group_;  // query heads that share a key head
   const Chunks<E, W> chunks_;
-  const float scale_;  // of scores whose powers are of two
-  int64_t first_ = 0;  // position of the tile's first key
-  int64_t size_ = 0;
-  const E* keys_[kTile];
+  const float scale_;  // of scores, so that weights are powers of two
+  Tile tiles_[2] = {};
 };
 
 }  // namespace attention

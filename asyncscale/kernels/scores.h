@@ -32,15 +32,17 @@ struct Chunks {
   int64_t padded() const { return count() * 2 * W; }
   int64_t offset(int64_t chunk) const { return std::min(chunk * 2 * W, head_dim - 2 * W); }
 
-  // to: [padded]
-  void split_query(const E* query, E* to) const {
+  // queries: [rows, padded]
+  void split_query(const E* query, char* queries, int64_t row) const {
+    E* to = reinterpret_cast<E*>(queries) + row * padded();
     const int64_t whole = padded() - 2 * W;
     std::copy_n(query, whole, to);
     std::fill_n(to + whole, padded() - head_dim, E{});
     std::copy(query + whole, query + head_dim, to + whole + padded() - head_dim);
   }
 
-  void score(const E* query, const E* const* keys, int64_t size, float* scores) const {
+  void score(const char* queries, int64_t row, const E* const* keys, int64_t size, float* scores) const {
+    const E* query = reinterpret_cast<const E*>(queries) + row * padded();
     for (int64_t i = 0; i < size; i += W) {
       Floats<W> products[W] = {};
       for (int64_t chunk = 0; chunk < count(); chunk++) {
@@ -117,7 +119,7 @@ inline void score_packed(const E* const* keys, int64_t size, int64_t head_dim, c
   auto* transposed = reinterpret_cast<typename P::Word*>(packed);
   const int64_t padded = (size + kVectors * W - 1) / (kVectors * W) * (kVectors * W);
   for (int64_t key = 0; key < padded; key++)
-    for (int64_t i = 0; i < words; i++) transposed[i * kTile + key] = P::word(keys[std::min(key, size - 1)], i, head_dim);
+    for (int64_t i = 0; i < words; i++) transposed[i * kTile + key] = P::word(keys[key], i, head_dim);
   const auto* rows = reinterpret_cast<const typename P::Word*>(queries);
   for (int64_t row = begin; row < end;) {
     const bool whole = end - row >= 4;

@@ -427,3 +427,11 @@ def test_a_runner_whose_keys_depend_on_more_than_earlier_tokens_shares_no_prefix
             engine.run()
         hits.append(engine.finished(1).num_cached_tokens)
     assert hits == [16, 0]
+
+
+def test_prompt_logprobs_come_once_for_all_choices_and_the_others_share_the_prompt(make_engine, endless):
+    engine = make_engine(block_size=4)
+    engine.add(0, PROMPT, n=3, prompt_logprobs=1, max_tokens=2, **endless)
+    engine.run()
+    assert [len(engine.received[A, i].prompt_logprobs) for i in range(3)] == [len(PROMPT) - 1, 0, 0]
+    assert [engine.finished(i).num_cached_tokens for i in range(3)] == [0, 8, 8]
