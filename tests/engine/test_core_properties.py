@@ -75,7 +75,7 @@ class EngineMachine(RuleBasedStateMachine):
         for choice, (token_ids, reason, stop) in enumerate(outcomes):
             key = client, self.next_id + choice
             self.alive[key] = token_ids[len(given) :], reason, stop
-            self.prompts[key] = prompt, 0 if fields["prompt_logprobs"] is None else len(prompt) - 1
+            self.prompts[key] = prompt, 0 if fields["prompt_logprobs"] is None or choice else len(prompt) - 1
             self.bound += 2 * (len(prompt) + len(token_ids))
         self.next_id += n
 
