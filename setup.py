@@ -28,7 +28,5 @@ def _attention(isa: str, flags: list[str]) -> Extension:
 
 _is_x86 = platform.machine().lower() in ("x86_64", "amd64")
 setup(
-    ext_modules=[
-        _attention(isa, flags) for isa, flags in {"portable": [], **(_X86_FLAGS if _is_x86 else {})}.items()
-    ]
+    ext_modules=[_attention(isa, flags) for isa, flags in {"portable": [], **(_X86_FLAGS if _is_x86 else {})}.items()]
 )

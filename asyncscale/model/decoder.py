@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from asyncscale.checkpoint.model_config import ModelConfig
-from asyncscale.model.attention import AttentionPlan, attend
+from asyncscale.model.attention import AttentionPlan
 from asyncscale.model.kv_cache import KVCache
 from asyncscale.model.linear import Linear
 from asyncscale.model.rope import RotaryEmbedding, rotate
@@ -51,13 +51,13 @@ class Decoder:
         plans: by sliding window. write_rows: of KVCache.write_rows.
         """
         dtype = self._embedding.dtype
-        cos, sin = (angles.to(dtype) for angles in self.rotary.cos_sin(positions, lengths))
+        cos, sin = self.rotary.cos_sin(positions, lengths)
         hidden = F.embedding(token_ids, self._embedding).float()
         for index, layer in enumerate(self._layers):
             normed = self._rms_norm(hidden, layer.input_norm).to(dtype)
             queries, keys, values = layer.project(normed, cos, sin, self._eps)
             cache.write(index, write_rows, keys, values)
-            attended = attend(plans[layer.window], cache, index, queries)
+            attended = plans[layer.window].attend(index, queries)
             hidden += layer.output(attended.view(len(attended), -1))
             normed = self._rms_norm(hidden, layer.post_attention_norm).to(dtype)
             hidden += layer.mlp(normed)
@@ -85,7 +85,6 @@ class _Layer:
 
         self.window = config.layer_windows[index]
         self._num_heads, self._num_kv_heads, self._head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self._scale = config.head_dim**-0.5
         self.input_norm = tensors.pop(f"{prefix}input_layernorm.weight").float()
         self.post_attention_norm = tensors.pop(f"{prefix}post_attention_layernorm.weight").float()
         self._qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -99,14 +98,14 @@ class _Layer:
             self._qk_norm = torch.cat((query_norm, key_norm))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (scaled), keys, values, each [tokens, heads, head_dim]; queries and keys are rotated."""
+        """Queries, keys, values, each [tokens, heads, head_dim]; queries and keys are rotated."""
         heads = self._qkv(x).view(len(x), -1, self._head_dim)
         num_rotated = self._num_heads + self._num_kv_heads
         rotated = heads[:, :num_rotated]
         if self._qk_norm is not None:
             rotated = F.rms_norm(rotated, (self._head_dim,), None, eps) * self._qk_norm
         rotated = rotate(rotated, cos, sin)
-        return rotated[:, : self._num_heads] * self._scale, rotated[:, self._num_heads :], heads[:, num_rotated:]
+        return rotated[:, : self._num_heads], rotated[:, self._num_heads :], heads[:, num_rotated:]
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, -1)

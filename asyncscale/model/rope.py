@@ -64,8 +64,12 @@ class RotaryEmbedding:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """heads: [tokens, num_heads, head_dim], of which element i is paired with i + head_dim / 2."""
-    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
+    """heads: [tokens, num_heads, head_dim], of which element i is paired with i + head_dim / 2.
+
+    Computed in the angles' float32 and rounded once, to the heads' dtype.
+    """
+    exact = heads.to(cos.dtype)
+    return torch.addcmul(exact * cos, exact.roll(heads.shape[-1] // 2, -1), sin).to(heads.dtype)
 
 
 def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:

@@ -16,7 +16,7 @@ from asyncscale.engine.batch import Batch, SequenceTable, StepResult
 from asyncscale.engine.request import Request
 from asyncscale.errors import ModelLoadError
 from asyncscale.messages import TokenLogprobs
-from asyncscale.model.attention import plan_attention
+from asyncscale.model.attention import make_attention
 from asyncscale.model.decoder import Decoder
 from asyncscale.model.kv_cache import KVCache, bytes_per_block
 from asyncscale.model.logprobs import prompt_logprobs
@@ -59,6 +59,7 @@ class TorchRunner:
         self.dtype = str(dtype).removeprefix("torch.")
         self.num_blocks = _num_blocks(spec, model, self.max_model_len, dtype, device)
         self._cache = KVCache(model, self.num_blocks, config.block_size, dtype, device)
+        self._attention = make_attention(self._cache, model.num_heads)
         self._sampler = Sampler(config.max_num_seqs, self.vocab_size)
         self._prompt_logprobs: dict[int, int] = {}
         report("warm-up", 0.0)
@@ -102,7 +103,7 @@ class TorchRunner:
         rows = np.repeat(batch.rows, counts)
         positions = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
         blocks = table.block_table[rows, positions // table.block_size]
-        plans = {window: plan_attention(batch, self._cache, window) for window in self._windows}
+        plans = {window: self._attention.plan(batch, window) for window in self._windows}
         return self._decoder.forward(
             self._tensor(table.token_ids[rows, positions]),
             self._tensor(positions),
