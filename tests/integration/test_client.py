@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -456,10 +457,25 @@ async def test_a_request_that_loses_an_engine_for_the_second_time_fails_alone() 
         assert len((await client.generate("next", max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 
-async def test_neither_client_nor_engine_imports_torch_for_the_simulated_model(client: AsyncScaleClient) -> None:
-    assert "torch" not in sys.modules
+async def test_engines_of_the_simulated_model_do_not_load_torch(client: AsyncScaleClient) -> None:
     for pid in await engine_pids(client):
         assert not any("libtorch" in mapping.path for mapping in psutil.Process(pid).memory_maps())
+
+
+def test_a_client_does_not_import_torch_either() -> None:
+    script = """
+import asyncio, sys
+from asyncscale import AsyncScaleClient, SimulatedModel
+
+async def main():
+    async with AsyncScaleClient(SimulatedModel(), num_engines=1) as client:
+        await client.generate("hello", max_tokens=2)
+
+asyncio.run(main())
+print([name for name in ("torch", "transformers", "tokenizers", "gguf") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
 # --- calls, and other clients
