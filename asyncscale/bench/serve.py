@@ -22,7 +22,7 @@ from asyncscale.bench.workload import WorkloadRequest, corpus, file_requests, lo
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.progress import StartProgress
 from asyncscale.config import DType
-from asyncscale.tokenization.codec import load_codec
+from asyncscale.tokenization.loading import load_codec
 
 _ENGINE_OPTIONS = ("max_num_seqs", "max_num_batched_tokens", "dtype", "threads_per_engine")
 _PACKAGES = ("asyncscale", "numpy", "torch", "uvloop", "pyzmq")

@@ -35,7 +35,8 @@ from asyncscale.errors import (
     RequestTimeoutError,
 )
 from asyncscale.params import SamplingParams
-from asyncscale.tokenization.codec import TextCodec, load_codec
+from asyncscale.tokenization.codec import TextCodec
+from asyncscale.tokenization.loading import load_codec
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from asyncscale.config import ModelSource, SimulatedModel
-
 Message = Mapping[str, Any]
 
 
@@ -56,14 +54,3 @@ class TextCodec(Protocol):
 
     def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
         """A new stream."""
-
-
-def load_codec(source: ModelSource) -> TextCodec:
-    """The codec of a model; blocks while it reads the files. Raises ModelLoadError."""
-    if isinstance(source, SimulatedModel):
-        from asyncscale.tokenization.simulated import SimulatedTokenizer
-
-        return SimulatedTokenizer(source)
-    from asyncscale.tokenization.tokenizer import load_tokenizer
-
-    return load_tokenizer(source)

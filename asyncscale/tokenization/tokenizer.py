@@ -17,8 +17,6 @@ from asyncscale.tokenization.detokenizer import ByteDetokenizer, TokenBytes, Win
 if TYPE_CHECKING:
     import tokenizers
 
-    from asyncscale.config import CheckpointFiles
-
 
 class TokenizerParts(msgspec.Struct, frozen=True):
     """What a checkpoint says about its tokenization.
@@ -31,17 +29,6 @@ class TokenizerParts(msgspec.Struct, frozen=True):
     chat_template: ChatTemplate | None
     eos_token_ids: frozenset[int]
     generation_defaults: dict[str, float | int]
-
-
-def load_tokenizer(files: CheckpointFiles) -> Tokenizer:
-    """The tokenizer of a model folder or GGUF file; blocks while it reads them. Raises ModelLoadError."""
-    if files.format == "gguf":
-        from asyncscale.tokenization.gguf_tokenizer import read_gguf_tokenizer
-
-        return Tokenizer(read_gguf_tokenizer(files.path), files.name)
-    from asyncscale.tokenization.folder_tokenizer import read_folder_tokenizer
-
-    return Tokenizer(read_folder_tokenizer(files.path), files.name)
 
 
 class Tokenizer:

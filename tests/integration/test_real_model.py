@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct through whole engines, against transformers, which nobody here wrote.
 
-Greedy decoding is checked by one transformers pass over prompt and answer: every token must be the argmax of what comes before it.
+Greedy decoding is checked by one transformers pass over prompt and answer: every token must be the argmax of what
+comes before it.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from asyncscale.config import CheckpointFiles, SimulatedModel
 from asyncscale.tokenization.byte_level import byte_level_bytes
-from asyncscale.tokenization.codec import TextCodec, load_codec
+from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.detokenizer import ByteDetokenizer, token_bytes
+from asyncscale.tokenization.loading import load_codec
 from asyncscale.tokenization.simulated import SimulatedTokenizer
 from asyncscale.tokenization.tokenizer import Tokenizer as CheckpointTokenizer
 from asyncscale.tokenization.tokenizer import TokenizerParts

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import InvalidRequestError, ModelLoadError
-from asyncscale.tokenization.codec import TextCodec, load_codec
+from asyncscale.tokenization.codec import TextCodec
+from asyncscale.tokenization.loading import load_codec
 
 TEXTS = ["Hello world", "  two  spaces 12\n", "naïve 漢字 😀", "<s>in</s> text", "", "\ttabs\r\n"]
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"

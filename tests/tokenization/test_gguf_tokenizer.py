@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
-from asyncscale.tokenization.codec import TextCodec, load_codec
+from asyncscale.tokenization.codec import TextCodec
+from asyncscale.tokenization.loading import load_codec
 
 TEXTS = [
     "The capital of France is",

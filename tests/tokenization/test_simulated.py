@@ -4,7 +4,8 @@ import pytest
 
 from asyncscale.config import SimulatedModel
 from asyncscale.errors import InvalidRequestError
-from asyncscale.tokenization.codec import TextCodec, load_codec
+from asyncscale.tokenization.codec import TextCodec
+from asyncscale.tokenization.loading import load_codec
 
 
 @pytest.fixture
