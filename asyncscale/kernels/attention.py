@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
+
+_log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -136,12 +139,20 @@ class PlannedAttention:
 def load_attention(isa: str | None = None) -> AttentionKernel | None:
     """The kernel for `isa`, or the best that this CPU has; None when it was not built or cannot run here."""
     for name in INSTRUCTION_SETS if isa is None else (isa,):
-        for suffix in EXTENSION_SUFFIXES:
-            path = _FOLDER / f"_attention_{name}{suffix}"
-            if path.exists():
-                library = ctypes.CDLL(str(path))
-                if library.asyncscale_attention_supported():
-                    return AttentionKernel(name, library)
+        library = _load(name)
+        if library is not None and library.asyncscale_attention_supported():
+            return AttentionKernel(name, library)
+    return None
+
+
+def _load(isa: str) -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = _FOLDER / f"_attention_{isa}{suffix}"
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:  # built elsewhere, or without a library that it needs
+                _log.warning("cannot load %s: %s", path, error)
     return None
 
 

@@ -108,6 +108,8 @@ class PagedAttention {
         locate(*next, unit, first);
       else if (unit + 1 < num_units())
         locate(*next, unit + 1, first_seen(plan_.items[(unit + 1) / plan_.num_kv_heads].position));
+      else
+        next = tile;
       add_tile(item, *tile, *next, scratch, packs);
     }
   }

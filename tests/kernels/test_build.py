@@ -1,0 +1,58 @@
+"""Building the kernels: watched by sanitizers; without a compiler; and what is loaded when none were built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncscale.kernels import attention
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "asyncscale" / "kernels"
+BEST = attention.load_attention()
+
+
+@pytest.mark.parametrize("flags", [(), ("-march=native",)])
+def test_no_byte_beyond_the_buffers_is_touched(flags: tuple[str, ...], tmp_path: Path) -> None:
+    if shutil.which("g++") is None or not SOURCES.exists():
+        pytest.skip("needs g++ and the sources")
+    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    command = ["g++", "-std=c++17", *sanitizers, *flags, "-pthread", f"-I{SOURCES}", "-o", str(tmp_path / "run")]
+    built = subprocess.run([*command, str(Path(__file__).with_name("sanitized.cpp"))], capture_output=True, text=True)
+    if "cannot find -lasan" in built.stderr or "cannot find -lubsan" in built.stderr:
+        pytest.skip("needs the sanitizers' libraries")
+    assert built.returncode == 0, built.stderr
+    result = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+def test_without_a_compiler_the_build_succeeds_and_says_what_is_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    compilers = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | compilers, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'building extension "asyncscale.kernels._attention_portable" failed' in result.stdout + result.stderr
+    assert list(tmp_path.rglob("_attention*")) == []
+
+
+def test_a_library_that_was_not_built_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_FOLDER", tmp_path)
+    assert attention.load_attention() is None
+
+
+def test_a_library_that_is_broken_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if BEST is None:
+        pytest.skip("the kernels were not built")
+    for path in SOURCES.glob("_attention_*.so"):
+        shutil.copy(path, tmp_path)
+        if f"_attention_{BEST.isa}." in path.name:
+            (tmp_path / path.name).write_bytes(b"not a library")
+    monkeypatch.setattr(attention, "_FOLDER", tmp_path)
+    found = attention.load_attention()
+    assert found is None or found.isa != BEST.isa
