@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import msgspec
 from asyncscale.errors import InvalidRequestError
 
 GREEDY_EPSILON = 1e-5  # a lower temperature is greedy, as in vLLM
+_MAX_COUNT = 2**31 - 1
+_LEAST = sys.float_info.min  # what is less is lost in arithmetic
 
 # What a field means when neither the caller nor the model's generation_config.json sets it (vLLM's defaults).
 _DEFAULTS: dict[str, float | int] = {
@@ -79,9 +82,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Raises InvalidRequestError, naming the field, when a value has a wrong type or is out of range."""
         # fmt: off
         _integer("n", self.n, 1, 1024)
-        _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0)
-        _integer("top_k", self.top_k, -1)
+        _integer("max_tokens", self.max_tokens, 1, _MAX_COUNT)
+        _integer("min_tokens", self.min_tokens, 0, _MAX_COUNT)
+        _integer("top_k", self.top_k, -1, _MAX_COUNT)
         _integer("seed", self.seed, -(2**63), 2**64 - 1)
         _integer("logprobs", self.logprobs, 0, 1000)
         _integer("prompt_logprobs", self.prompt_logprobs, 0, 1000)
@@ -162,7 +165,12 @@ def _number(name: str, value: object, low: float, high: float, *, open_low: bool
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InvalidRequestError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+    if (
+        abs(value) > sys.float_info.max
+        or math.isnan(value)
+        or not low <= value <= high
+        or (open_low and value < _LEAST)
+    ):
         raise InvalidRequestError(f"{name} must be a finite number {_range(low, high, open_low)}, got {value}")
 
 

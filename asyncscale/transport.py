@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket as socket_module
 import tempfile
 
 import zmq
@@ -34,6 +35,16 @@ def remove_runtime_folder(folder: str) -> None:
 def coordinator_address(folder: str) -> str:
     """Where the coordinator binds: what clients attach to."""
     return f"ipc://{folder}/coordinator"
+
+
+def is_listening(address: str) -> bool:
+    """Whether a process has bound this ipc address; False for what is no address at all."""
+    with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM) as probe:
+        try:
+            probe.connect(address.removeprefix("ipc://"))
+        except (OSError, ValueError):
+            return False
+        return True
 
 
 def unlink_address(address: str) -> None:

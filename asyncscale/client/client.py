@@ -120,6 +120,7 @@ class AsyncScaleClient:
         self._dispatcher: Dispatcher
         self._preparation: Preparation
         self._joining: set[asyncio.Task[None]] = set()
+        self._last_left: EngineDeadError | None = None
 
     # --- life
 
@@ -158,15 +159,15 @@ class AsyncScaleClient:
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
                     codec = group.create_task(asyncio.to_thread(load_codec, source))
-                    members = group.create_task(self._engines.start())
+                    group.create_task(self._engines.start())
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
-            await self._connect(codec.result(), members.result())
+            await self._connect(codec.result())
 
     async def _start_attached(self, address: str) -> None:
         self._use(AttachedEngines(self._context, self._identity, address, self))
-        members = await self._engines.start()
-        await self._connect(await asyncio.to_thread(load_codec, self._engines.model), members)
+        await self._engines.start()
+        await self._connect(await asyncio.to_thread(load_codec, self._engines.model))
 
     def _use(self, engines: Engines, on_load_report: LoadWatcher | None = None) -> None:
         self._engines = engines
@@ -174,9 +175,10 @@ class AsyncScaleClient:
         self._dispatcher = Dispatcher(self._context, self._identity, self._policy, on_load_report)
         self._cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
 
-    async def _connect(self, codec: TextCodec, members: Sequence[messages.Member]) -> None:
+    async def _connect(self, codec: TextCodec) -> None:
+        members = self._engines.members  # of this moment: one that was ready may have died since
         if not members:
-            raise AsyncScaleError("there is no engine to connect to")
+            raise self._last_left or AsyncScaleError("there is no engine to connect to")
         self._preparation = Preparation(codec, members[0].facts)
         await asyncio.gather(*(self._dispatcher.join(m.engine_id, m.address, m.facts) for m in members))
 
@@ -370,6 +372,7 @@ class AsyncScaleClient:
     def engine_left(self, engine_id: int, error: EngineDeadError) -> None:
         """An engine is gone."""
         logger.error("%s", error)
+        self._last_left = error
         self._dispatcher.leave(engine_id, error)
 
     def engine_load(self, engine_id: int, load: messages.Load) -> None:

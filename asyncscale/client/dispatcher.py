@@ -24,6 +24,9 @@ from asyncscale.errors import EngineDeadError, EngineError, RequestAbortedError
 
 logger = logging.getLogger(__name__)
 
+# An engine answers between two steps.
+_CONNECT_TIMEOUT_S = 30.0
+
 LoadWatcher = Callable[[int, messages.LoadReport], None]
 
 
@@ -53,20 +56,30 @@ class Dispatcher:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._next_wire_id = 0
-        self._load_waiters: list[asyncio.Future[None]] = []
+        self._load_waiters: set[asyncio.Future[None]] = set()
         self._last_death: EngineDeadError | None = None
         self.num_malformed = 0
 
     # --- engines
 
     async def join(self, engine_id: int, address: str, facts: messages.EngineFacts) -> None:
-        """Connect to an engine; it takes requests when this returns."""
+        """Connect to an engine; it takes requests when this returns.
+
+        Raises EngineDeadError when it dies meanwhile, and EngineError when it does not answer.
+        """
         connection = _Connection(self, engine_id, facts)
         socket = transport.connect_dealer(self._context, address, self._identity)
         connection.socket = LoopSocket(self._loop, socket, connection.on_frames)
         self._connections[engine_id] = connection
         connection.send(messages.Connect(messages.PROTOCOL_VERSION, watch_loads=self._on_load_report is not None))
-        await connection.connected
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await connection.connected
+        except TimeoutError:
+            error = EngineError(f"engine {engine_id} does not answer", engine_id=engine_id)
+            connection.close(error)
+            del self._connections[engine_id]
+            raise error from None
         self._router.join(engine_id, facts.max_num_seqs)
         self._router.report(engine_id, connection.first_load, time.monotonic())
         self._dispatch_held()
@@ -118,8 +131,11 @@ class Dispatcher:
     async def wait_load_change(self) -> None:
         """Return when any engine's counts have changed."""
         waiter = self._loop.create_future()
-        self._load_waiters.append(waiter)
-        await waiter
+        self._load_waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._load_waiters.discard(waiter)
 
     # --- requests
 
@@ -143,7 +159,7 @@ class Dispatcher:
         Raises EngineDeadError when no engine is left.
         """
         if not self._connections and self._last_death is not None:
-            raise self._last_death
+            raise self._last_death.with_traceback(None)
         self._requests[request.request_id] = request
         for choice in request.choices:
             self._choices[choice.wire_id] = choice
@@ -186,10 +202,10 @@ class Dispatcher:
             self._send(request, engine_id)
 
     def _send(self, request: RequestStream, engine_id: int) -> None:
-        request.engine_id = engine_id
         for message in request.messages():
-            self._router.sent(engine_id, message.n)
             self._connections[engine_id].send(message)
+            self._router.sent(engine_id, message.n)
+        request.engine_id = engine_id
 
     def _abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:
         connection = self._connections.get(request.engine_id) if request.engine_id is not None else None
@@ -201,12 +217,11 @@ class Dispatcher:
 
     async def call(self, engine_id: int, method: str, args: Sequence[object]) -> Any:
         """Run a registered method on one engine. Raises EngineError with what the engine said, if it refused."""
-        call_id = next(self._call_ids)
-        future = self._calls[call_id] = self._loop.create_future()
         connection = self._connections[engine_id]
+        call_id = next(self._call_ids)
+        connection.send(messages.Call(call_id, method, [msgspec.Raw(messages.encoder.encode(arg)) for arg in args]))
+        future = self._calls[call_id] = self._loop.create_future()
         connection.calls.add(call_id)
-        encoded = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
-        connection.send(messages.Call(call_id, method, encoded))
         try:
             return await future
         finally:

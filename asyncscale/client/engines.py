@@ -40,8 +40,12 @@ class Engines(Protocol):
     address: str
     model: ModelSource
 
-    async def start(self) -> list[messages.Member]:
-        """The engines that are ready, when they are."""
+    @property
+    def members(self) -> list[messages.Member]:
+        """The engines that take requests at this moment."""
+
+    async def start(self) -> None:
+        """Return when the engines are ready."""
 
     def on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
         """An engine reported its load to this client."""
@@ -69,12 +73,16 @@ class OwnedEngines:
             raise
         self.address = self._coordinator.address
 
-    async def start(self) -> list[messages.Member]:
+    @property
+    def members(self) -> list[messages.Member]:
+        """The engines that take requests at this moment."""
+        return [_member(engine) for engine in self.supervisor.engines.values()]
+
+    async def start(self) -> None:
         """Start all engines side by side. Raises EngineStartError or ModelLoadError, and leaves nothing behind."""
-        members = [_member(engine) for engine in await self.supervisor.start()]
-        for member in members:
+        await self.supervisor.start()
+        for member in self.members:
             self._coordinator.join(member)
-        return members
 
     def on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
         """Pass an engine's counts on to the attached clients."""
@@ -102,6 +110,8 @@ class AttachedEngines:
         loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[messages.Welcome] = loop.create_future()
         self._members: dict[int, messages.Member] = {}
+        if not transport.is_listening(address):
+            raise AsyncScaleError(f"nobody is at {address!r}: is the owner closed, or on another host?")
         socket = transport.connect_dealer(context, address, identity)
         # An owner that is killed says no farewell: the connection ends.
         self._monitor = LoopSocket(
@@ -110,8 +120,13 @@ class AttachedEngines:
         self._socket = LoopSocket(loop, socket, self._on_frames)
         self.num_malformed = 0
 
-    async def start(self) -> list[messages.Member]:
-        """Members and counts, in one round trip. Raises AsyncScaleError when nobody answers at the address."""
+    @property
+    def members(self) -> list[messages.Member]:
+        """The engines that take requests at this moment."""
+        return list(self._members.values())
+
+    async def start(self) -> None:
+        """Learn members and counts, in one round trip. Raises AsyncScaleError when nobody answers at the address."""
         self._socket.send(messages.encoder.encode(messages.Attach(messages.PROTOCOL_VERSION)))
         try:
             async with asyncio.timeout(_ATTACH_TIMEOUT_S):
@@ -126,7 +141,6 @@ class AttachedEngines:
                 f"this client {messages.PROTOCOL_VERSION}: use the same version of asyncscale on both sides"
             )
         self.model = welcome.model
-        return list(self._members.values())
 
     def on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
         """Nobody else hears of this through an attached client."""

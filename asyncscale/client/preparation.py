@@ -5,8 +5,8 @@ Encoded, checked, every default filled in.
 
 from __future__ import annotations
 
-import math
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,10 +44,10 @@ class RequestOptions:
         if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**31) <= priority < 2**31:
             raise InvalidRequestError(f"priority must be an integer of 32 bits, got {priority!r}")
         if timeout is not None and (
-            not isinstance(timeout, int | float) or isinstance(timeout, bool) or math.isnan(timeout) or timeout <= 0
+            not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= sys.float_info.max
         ):
             raise InvalidRequestError(f"timeout must be a number of seconds greater than 0, got {timeout!r}")
-        if self.engine is not None and self.engine not in engine_ids:
+        if self.engine is not None and (type(self.engine) is not int or self.engine not in engine_ids):
             raise InvalidRequestError(f"there is no engine {self.engine!r}; engines are {list(engine_ids)}")
         if self.session is not None and not isinstance(self.session, str):
             raise InvalidRequestError(f"session must be a string, got {self.session!r}")

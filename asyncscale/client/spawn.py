@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import process, spawn
+from multiprocessing import process, resource_tracker, spawn
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -38,6 +38,7 @@ def start_process(
     the child's end.
     """
     with _starting, _standard_descriptors_taken():
+        resource_tracker.ensure_running()  # else it starts with the first child, and lifts the block of signals
         ours, theirs = SpawnContext().Pipe(duplex=True)
         child = SpawnProcess(target=target, args=(argument, theirs), name=f"asyncscale-{name}")
         with _main_left_out(child.name), _children_allowed(), _group_signals_blocked():

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -95,7 +95,7 @@ class Supervisor:
         _supervisors.add(self)
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
 
-    async def start(self) -> Sequence[EngineProcess]:
+    async def start(self) -> None:
         """Start all engines at once and wait until all are ready; when one fails, stop all and raise.
 
         Raises EngineStartError (with the child's traceback), or the ModelLoadError that the child raised.
@@ -116,7 +116,6 @@ class Supervisor:
         except BaseException:
             await self.stop()
             raise
-        return list(self.engines.values())
 
     def _start_engine(self, engine_id: int, incarnation: int = 0) -> asyncio.Future[None]:
         spec = EngineSpec(

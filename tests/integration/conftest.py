@@ -15,8 +15,9 @@ import pytest
 
 
 @pytest.fixture
-def runtime_folders() -> Iterator[Path]:
+def runtime_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where clients of this test, and of scripts that inherit its environment, make their private folders."""
+    tmp_path_factory.getbasetemp()  # not inside the folder that is removed with this test
     folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")
     before, tempfile.tempdir = tempfile.tempdir, folder
     variable, os.environ["TMPDIR"] = os.environ.get("TMPDIR"), folder
