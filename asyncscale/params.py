@@ -102,12 +102,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _strings("bad_words", self.bad_words)
         if self.stop_token_ids is not None:
             for token_id in _items("stop_token_ids", self.stop_token_ids):
-                _integer("stop_token_ids", token_id, 0)
+                _integer("stop_token_ids", token_id, 0, _MAX_COUNT)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
             for token_id, bias in self.logit_bias.items():
-                _integer("a key of logit_bias", token_id, 0)
+                _integer("a key of logit_bias", token_id, 0, _MAX_COUNT)
                 _number("a value of logit_bias", bias, -math.inf, math.inf)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
@@ -151,13 +151,15 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return self.temperature < GREEDY_EPSILON
 
 
-def _integer(name: str, value: object, low: int, high: float = math.inf) -> None:
+def _integer(name: str, value: object, low: int, high: int) -> None:
     if value is None and name in _OPTIONAL:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidRequestError(f"{name} must be an integer, got {value!r}")
-    if not low <= value <= high:
-        raise InvalidRequestError(f"{name} must be {_range(low, high)}, got {value}")
+    if value < low:
+        raise InvalidRequestError(f"{name} must be at least {low}, got {value}")
+    if value > high:
+        raise InvalidRequestError(f"{name} must be at most {high}, got {value}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -165,12 +167,8 @@ def _number(name: str, value: object, low: float, high: float, *, open_low: bool
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InvalidRequestError(f"{name} must be a number, got {value!r}")
-    if (
-        abs(value) > sys.float_info.max
-        or math.isnan(value)
-        or not low <= value <= high
-        or (open_low and value < _LEAST)
-    ):
+    is_finite = abs(value) <= sys.float_info.max  # also false for NaN, and for an int that no float holds
+    if not is_finite or not low <= value <= high or (open_low and value < _LEAST):
         raise InvalidRequestError(f"{name} must be a finite number {_range(low, high, open_low)}, got {value}")
 
 
