@@ -1,8 +1,8 @@
 """Starts engine processes by multiprocessing, less what it does for ordinary children and would harm an engine.
 
-- The spawn method imports the parent's main module in the child, so that a script without an `if __name__ ==
-"__main__"`
-  guard starts itself over. An engine needs nothing of it.
+- The spawn method imports the parent's main module in the child, so that a script without the usual guard starts itself
+  over; and it takes the child to the parent's folder, which may be gone, or hold modules named like those of the
+  standard library. An engine needs neither.
 - A daemonic process, such as a worker of a Pool, may not have children, lest they outlive it. An engine does not:
   its lifeline ends it.
 - At the exit of a process, and of each of its forks, its children are joined or terminated. The lifeline ends an
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def start_process(
         resource_tracker.ensure_running()  # else it starts with the first child, and lifts the block of signals
         ours, theirs = SpawnContext().Pipe(duplex=True)
         child = SpawnProcess(target=target, args=(argument, theirs), name=f"asyncscale-{name}")
-        with _main_left_out(child.name), _children_allowed(), _group_signals_blocked():
+        with _engines_preparation(child.name), _children_allowed(), _group_signals_blocked():
             child.start()
         theirs.close()  # else the child's end would stay open here, and its death would not close it
     process._children.discard(child)  # type: ignore[attr-defined]
@@ -72,22 +73,30 @@ def _group_signals_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def _main_left_out(child_name: str) -> Iterator[None]:
-    # Other threads may start processes of their own meanwhile: only ours, known by its name, is changed.
-    original = spawn.get_preparation_data
+def _engines_preparation(child_name: str) -> Iterator[None]:
+    """Send the child what an engine needs; other threads may start processes of their own meanwhile, as ever."""
+    prepare, command_line = spawn.get_preparation_data, spawn.get_command_line
 
-    def without_main(name: str) -> dict[str, Any]:
-        data = original(name)
-        if name == child_name:
-            data.pop("init_main_from_name", None)
-            data.pop("init_main_from_path", None)
-        return data
+    def without_main_and_folder(name: str) -> dict[str, Any]:
+        if name != child_name:
+            return prepare(name)
+        folder = process.ORIGINAL_DIR or ""  # type: ignore[attr-defined]
+        return {
+            "name": name,
+            "authkey": process.current_process().authkey,
+            "sys_path": [entry or folder for entry in sys.path],
+            "start_method": "spawn",
+        }
 
-    spawn.get_preparation_data = without_main
+    def safe_path(**arguments: Any) -> list[str]:
+        executable, *rest = command_line(**arguments)
+        return [executable, "-P", *rest]  # until it has our sys.path, it looks for no module in the current folder
+
+    spawn.get_preparation_data, spawn.get_command_line = without_main_and_folder, safe_path
     try:
         yield
     finally:
-        spawn.get_preparation_data = original
+        spawn.get_preparation_data, spawn.get_command_line = prepare, command_line
 
 
 @contextmanager
