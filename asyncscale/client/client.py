@@ -41,6 +41,10 @@ from asyncscale.tokenization.loading import load_codec
 logger = logging.getLogger(__name__)
 
 
+# What is longer is for ever: event loops have no timers for it.
+_LONGEST_TIMEOUT_S = 1e8
+
+
 class _State(enum.Enum):
     NEW = "not started"
     STARTING = "starting"
@@ -317,7 +321,7 @@ class AsyncScaleClient:
             on_end=dispatcher.request_ended,
         )
         dispatcher.submit(stream)
-        if options.timeout is not None and self._loop is not None:
+        if options.timeout is not None and options.timeout < _LONGEST_TIMEOUT_S and self._loop is not None:
             error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {options.timeout:g} s")
             stream.timer = self._loop.call_later(options.timeout, dispatcher.abort, stream, error)
         return Generation(stream, dispatcher.abort)

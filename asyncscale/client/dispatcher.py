@@ -53,6 +53,7 @@ class Dispatcher:
         self._choices: dict[int, ChoiceStream] = {}  # by wire id
         self._requests: dict[str, RequestStream] = {}  # live ones, by their caller's id
         self._held: list[tuple[int, int, RequestStream]] = []  # heap of (priority, order, request)
+        self._dispatching: asyncio.Handle | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._next_wire_id = 0
@@ -188,7 +189,13 @@ class Dispatcher:
     def _hold(self, request: RequestStream) -> None:
         heapq.heappush(self._held, (request.priority, request.order, request))
 
+    def _dispatch_held_soon(self) -> None:
+        # Not at once: of many that are aborted together, those held back must not be sent only to be aborted, too.
+        if self._held and self._dispatching is None:
+            self._dispatching = self._loop.call_soon(self._dispatch_held)
+
     def _dispatch_held(self) -> None:
+        self._dispatching = None
         while self._held:
             request = self._held[0][2]
             if request.done:
@@ -212,6 +219,7 @@ class Dispatcher:
         if connection is not None and wire_ids:
             self._router.ended(connection.engine_id, len(wire_ids))
             connection.send(messages.Abort(wire_ids))
+            self._dispatch_held_soon()
 
     # --- calls
 

@@ -6,7 +6,6 @@ Encoded, checked, every default filled in.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ class RequestOptions:
         if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**31) <= priority < 2**31:
             raise InvalidRequestError(f"priority must be an integer of 32 bits, got {priority!r}")
         if timeout is not None and (
-            not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= sys.float_info.max
+            not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0
         ):
             raise InvalidRequestError(f"timeout must be a number of seconds greater than 0, got {timeout!r}")
         if self.engine is not None and (type(self.engine) is not int or self.engine not in engine_ids):

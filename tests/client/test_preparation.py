@@ -137,7 +137,7 @@ def test_params_of_another_type_are_refused() -> None:
         ({"timeout": math.nan}, "timeout"),
         ({"timeout": "1"}, "timeout"),
         ({"session": 1}, "session"),
-        ({"timeout": 10**400}, "timeout"),
+        ({"timeout": -1.0}, "timeout"),
         ({"engine": True}, "no engine True"),
         ({"engine": 2}, r"no engine 2; engines are \[0, 1\]"),
     ],

@@ -164,6 +164,21 @@ async def test_requests_are_held_back_while_every_engine_is_full(client: AsyncSc
         generation.abort()
 
 
+async def test_a_slot_that_an_abort_frees_is_used_without_waiting_for_the_engine() -> None:
+    async with AsyncScaleClient(SimulatedModel(base_ms=50), num_engines=1, max_num_seqs=1) as client:
+        running, held = client.generate("a", **LONG), client.generate("b", **LONG)
+        assert client.engine_loads()[0].mine == 1
+        running.abort()
+        await asyncio.sleep(0)
+        assert client.engine_loads()[0].mine == 1
+        held.abort()
+
+
+async def test_a_timeout_may_be_as_long_as_you_like(client: AsyncScaleClient) -> None:
+    for timeout in (float("inf"), 10**400):
+        await client.generate("hello", max_tokens=2, timeout=timeout)
+
+
 async def test_a_better_priority_goes_first_among_those_held_back() -> None:
     async with AsyncScaleClient(FAST, num_engines=1, max_num_seqs=1) as client:
         finished: list[str] = []

@@ -113,9 +113,7 @@ async def test_greedy_tokens_are_those_of_transformers_whatever_batch_engine_pre
 
 
 async def test_log_probabilities_are_those_of_transformers(client: AsyncScaleClient, oracle: Oracle) -> None:
-    completion = await client.generate(
-        LONG_TEXT[:1200], temperature=0, max_tokens=16, logprobs=3, prompt_logprobs=3
-    )
+    completion = await client.generate(LONG_TEXT[:1200], temperature=0, max_tokens=16, logprobs=3, prompt_logprobs=3)
     token_ids = completion.prompt_token_ids + completion.token_ids
     logits = oracle.logits(token_ids).astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
