@@ -174,12 +174,12 @@ inline Pair<W> load_pair(const BFloat16* from) {
   return {bit_cast<Floats<W>>(words << 16), bit_cast<Floats<W>>(words & 0xffff0000u)};
 }
 
-// The 16 upper bits of each float32, rounded to nearest even; NaN stays NaN.
+// The 16 upper bits of each float32, rounded to nearest even. NaN stays NaN, as its low bits are zero here: it comes
+// from a bfloat16, or from an operation that has no result.
 template <int W>
 inline Bits<W> round_to_bfloat16(Floats<W> x) {
   const auto bits = bit_cast<Bits<W>>(x);
-  const Bits<W> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return (x == x ? rounded : bits | 0x400000u) >> 16;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
 template <int W>

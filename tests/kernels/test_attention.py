@@ -129,7 +129,7 @@ def test_any_shape_is_as_the_formula_says(kernel: AttentionKernel, case: Case, n
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256, 33, 7])
 def test_decodes_beside_a_chunk(kernel: AttentionKernel, head_dim: int, dtype: torch.dtype) -> None:
     case = Case(((0, 1), (255, 1), (63, 1), (64, 1), (100, 77)), head_dim=head_dim, dtype=dtype)
     case.check(kernel)
@@ -155,18 +155,42 @@ def test_large_scores_neither_overflow_nor_lose_the_winner(kernel: AttentionKern
     torch.testing.assert_close(output.double(), case.reference(), rtol=1e-3, atol=2e-3, equal_nan=True)
 
 
-@pytest.mark.parametrize("sequences", [((130, 1),), ((100, 31),)])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("new", [(130, 1), (100, 31)])
 def test_nan_in_a_seen_key_reaches_the_output_and_no_other_sequence(
-    kernel: AttentionKernel, sequences: tuple[tuple[int, int], ...]
+    kernel: AttentionKernel, new: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    case = Case((*sequences, (60, 1)), num_kv_heads=1, group=1)
+    case = Case((new, (60, 1)), num_kv_heads=1, group=1, dtype=dtype)
     queries, cache, items, table = case.make()
     cache[0, table[0, 3], 0, 5, 1] = torch.nan
     output = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     kernel.plan(items, table, scale=case.scale).run(queries, cache, output)
-    num_new = sequences[0][1]
-    assert output[:num_new].isnan().all()
-    assert not output[num_new:].isnan().any()
+    assert output[: new[1]].isnan().all()
+    assert not output[new[1] :].isnan().any()
+
+
+def test_a_value_that_is_not_seen_yet_weighs_nothing(kernel: AttentionKernel) -> None:
+    case = Case(((0, 40),), num_kv_heads=1, group=1, dtype=torch.float32, tokens_together=40)
+    queries, cache, items, table = case.make()
+    outputs = []
+    for last_value in (1.0, 1e38):
+        cache[1, table[0, 2], 0, 7] = last_value
+        outputs.append(torch.zeros_like(queries, memory_format=torch.contiguous_format))
+        kernel.plan(items, table, scale=case.scale).run(queries, cache, outputs[-1])
+    assert torch.equal(outputs[0][:39], outputs[1][:39])
+    assert (outputs[1][39] > 1e30).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_half_way_between_two_values_are_rounded_to_even(kernel: AttentionKernel, dtype: torch.dtype) -> None:
+    case = Case(((1, 1),), num_kv_heads=1, group=1, dtype=dtype)
+    queries, cache, items, table = case.make()
+    queries.zero_()
+    values = 1 + torch.arange(64) * torch.finfo(dtype).eps
+    cache[1, table[0, 0], 0, :2] = torch.stack((values, values + torch.finfo(dtype).eps)).to(dtype)
+    output = torch.zeros_like(queries, memory_format=torch.contiguous_format)
+    kernel.plan(items, table, scale=case.scale).run(queries, cache, output)
+    assert torch.equal(output[0, 0], cache[1, table[0, 0], 0, :2].float().mean(0).to(dtype))
 
 
 def test_infinite_and_subnormal_float16_values_are_kept(kernel: AttentionKernel) -> None:

@@ -94,3 +94,10 @@ def test_frequency_factors_divide_the_frequencies() -> None:
     cos, _ = RotaryEmbedding(config, HEAD_DIM, CPU, factors).cos_sin(position, position)
     expected = (1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM) / factors).cos()
     np.testing.assert_allclose(cos[0, 0, : HEAD_DIM // 2], expected, atol=1e-6)
+
+
+def test_bfloat16_heads_are_rotated_in_float32_and_rounded_once() -> None:
+    positions = torch.arange(200)
+    cos, sin = _ours(PUBLISHED["default"]).cos_sin(positions, positions + 1)
+    heads = torch.randn(200, 3, cos.shape[-1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(rotate(heads, cos, sin), rotate(heads.float(), cos, sin).bfloat16())
