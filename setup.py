@@ -19,7 +19,15 @@ def _attention(isa: str, flags: list[str]) -> Extension:
         ["asyncscale/kernels/attention.cpp"],
         depends=[f"asyncscale/kernels/{name}.h" for name in ("paged_attention", "plan", "scores", "vectors")],
         # The standard says nothing of fused multiplications, so compilers have to be told that they may.
-        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread", *flags],
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-g0",
+            "-ffp-contract=fast",
+            "-fvisibility=hidden",
+            "-pthread",
+            *flags,
+        ],
         extra_link_args=["-pthread"],
         language="c++",
         optional=True,
