@@ -20,6 +20,8 @@ from asyncscale import AsyncScaleClient, Completion
 if TYPE_CHECKING:
     from asyncscale.config import CheckpointFiles
 
+pytestmark = pytest.mark.timeout(600)  # two implementations of a real model, on whatever this machine is
+
 PROMPTS = [
     line.replace("\\n", "\n")
     for line in Path(__file__).with_name("prompts.txt").read_text(encoding="utf8").splitlines()
