@@ -12,6 +12,8 @@ from asyncscale.messages import FinishReason
 
 
 class Stop(NamedTuple):
+    """A row that ends, and why. stop_token_id: the token that ended it, where one did."""
+
     row: int
     reason: FinishReason
     stop_token_id: int | None = None
