@@ -31,7 +31,7 @@ def resolve_model(model: str | os.PathLike[str], progress: Progress | None = Non
     """
     report = progress or no_progress
     path = Path(model).expanduser()
-    if isinstance(model, os.PathLike) or (model and path.exists()):
+    if isinstance(model, os.PathLike) or model.startswith(("/", "./", "../", "~")) or (model and path.exists()):
         return _local(path, path.name)
     name = model.strip()
     if artifact := BUILT_IN.get(name.lower()):

@@ -29,7 +29,7 @@ def test_a_relative_path_is_made_absolute(model_folder: Path, monkeypatch: pytes
     assert resolve_model("model").path == str(model_folder)
 
 
-@pytest.mark.parametrize("model", ["", "no-such-model", "./no/such/folder", "/no/such.gguf", "~/nothing", "a/b/c"])
+@pytest.mark.parametrize("model", ["", "no-such-model", "a/b/c"])
 def test_an_unknown_name_says_what_was_tried(model: str) -> None:
     with pytest.raises(ModelLoadError, match=r"not a path that exists .*smollm2-135m-instruct.*org/name"):
         resolve_model(model)
@@ -131,3 +131,9 @@ def test_a_gguf_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         resolve_model(write_gguf(tmp_path / "a.gguf"))
     with pytest.raises(ModelLoadError, match=r"no tokenizer: its metadata has no tokenizer\.ggml\.tokens"):
         resolve_model(write_gguf(tmp_path / "b.gguf", tokenizer__ggml__model="gpt2"))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no-such-file.gguf", "../nothing", "~/nothing"])
+def test_what_can_only_be_a_path_is_not_looked_for_elsewhere(path: str) -> None:
+    with pytest.raises(ModelLoadError, match=r"the model path .* does not exist"):
+        resolve_model(path)
