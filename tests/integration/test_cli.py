@@ -68,7 +68,7 @@ def test_several_chats_stream_to_labelled_lines_over_two_engines() -> None:
     ("arguments", "words"),
     [
         (["--model", "no-such-model", "hi"], "no model 'no-such-model'"),
-        (["--model", "/nonexistent", "hi"], "no model '/nonexistent'"),
+        (["--model", "/nonexistent", "hi"], "the model path /nonexistent does not exist"),
         (["--num-engines", "0", "hi"], "num_engines"),
         (["--num-engines", "1", ""], "empty"),
     ],
