@@ -24,15 +24,19 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     """An engine's load at one moment.
 
     version: grows with every change, so that older reports can be told. mine: how many of running + waiting the
-    receiving client sent. used_blocks, num_blocks: of the KV cache.
+    receiving client sent. tokens: the `Add.weight` of all running and waiting ones together; my_tokens: of mine.
+    used_blocks, num_blocks: of the KV cache. paused: it computes nothing until it is resumed.
     """
 
     version: int
     running: int
     waiting: int
     mine: int
+    tokens: int
+    my_tokens: int
     used_blocks: int
     num_blocks: int
+    paused: bool = False
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
@@ -62,6 +66,7 @@ class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
 
     token_ids: little-endian int32 of the prompt, then of the tokens that were generated elsewhere before, if any.
     Its `n` choices are request_id .. request_id + n - 1. num_prompt_tokens: how many of token_ids are the prompt.
+    weight: the work in each choice by the client's estimate, in tokens; the engine only adds it up, in its `Load`.
     """
 
     request_id: int
@@ -70,6 +75,7 @@ class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     sampling: Sampling
     n: int = 1
     priority: int = 0
+    weight: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -148,10 +154,13 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True, tag="load"):
-    """The engine's load for a client that watches it; by_client: DEALER identity -> how many requests it has here."""
+    """The engine's load outside of any Outputs.
+
+    by_client: only for a client that asked for it; DEALER identity -> its requests here, and their weight in tokens.
+    """
 
     load: Load
-    by_client: dict[bytes, int]
+    by_client: dict[bytes, tuple[int, int]] = {}
 
 
 class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):

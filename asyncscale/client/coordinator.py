@@ -14,7 +14,9 @@ from asyncscale.config import ModelSource
 # Counts that change together go out together: one message per client per so many seconds at the most.
 _PUBLISH_INTERVAL_S = 0.001
 
-_NO_LOAD = messages.Load(version=0, running=0, waiting=0, mine=0, used_blocks=0, num_blocks=0)
+_NO_LOAD = messages.Load(
+    version=0, running=0, waiting=0, mine=0, tokens=0, my_tokens=0, used_blocks=0, num_blocks=0
+)
 
 
 class Coordinator:
@@ -79,7 +81,8 @@ class Coordinator:
         report = self._reports.get(engine_id)
         if report is None:
             return _NO_LOAD
-        return msgspec.structs.replace(report.load, mine=report.by_client.get(client, 0))
+        mine, my_tokens = report.by_client.get(client, (0, 0))
+        return msgspec.structs.replace(report.load, mine=mine, my_tokens=my_tokens)
 
     def _on_frames(self, frames: list[bytes]) -> None:
         client = frames[0]

@@ -186,5 +186,5 @@ def _member(engine: EngineProcess) -> messages.Member:
     facts = engine.facts
     if facts is None:
         raise RuntimeError(f"engine {engine.engine_id} is not ready")
-    load = messages.Load(0, 0, 0, 0, 0, facts.num_blocks)
+    load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
     return messages.Member(engine.engine_id, engine.spec.incarnation, engine.spec.address, facts, load)

@@ -14,6 +14,7 @@ from asyncscale.messages import Add
 from asyncscale.params import Sampling
 
 MAX_CHOICES = 1024
+_MAX_WEIGHT = 2**31 - 1  # sums of them stay within what a message can say
 _INT64 = range(-(2**63) + 1, 2**63)
 _REQUEST_IDS = range(2**63 - MAX_CHOICES)
 
@@ -40,6 +41,7 @@ def make_choices(message: Add, client: bytes, *, arrival: float, first_order: in
             message.num_prompt_tokens,
             _sampling_of(message.sampling, choice),
             priority=message.priority,
+            weight=message.weight,
             arrival=arrival,
             order=first_order + choice,
         )
@@ -60,6 +62,8 @@ def _defects(message: Add, vocab_size: int, max_model_len: int) -> Iterator[str]
         yield f"request_id must be in [0, 2**63 - {MAX_CHOICES}), got {message.request_id}"
     if message.priority not in _INT64:
         yield f"priority must be a 64-bit integer, got {message.priority}"
+    if not 0 <= message.weight <= _MAX_WEIGHT:
+        yield f"weight must be in [0, {_MAX_WEIGHT}], got {message.weight}"
     yield from _token_defects(message, vocab_size, max_model_len)
     yield from _sampling_defects(message.sampling, vocab_size)
 

@@ -49,6 +49,7 @@ class EngineCore:
         self._scheduler.listeners = (runner, self._stops, self._outbox)
         self._clients: dict[bytes, dict[int, Request]] = {}  # requests alive, by client and id
         self._num_alive = 0
+        self._weights: dict[bytes, int] = {}  # of requests alive, by client
         self._num_arrived = 0
         self.load_version = 0
         self.methods: dict[str, Callable[..., object]] = {
@@ -74,6 +75,7 @@ class EngineCore:
             self._num_arrived += len(choices)
             self._num_alive += len(choices)
             self._clients.setdefault(client, {}).update((request.request_id, request) for request in choices)
+            self._weights[client] = self._weights.get(client, 0) + message.weight * len(choices)
             self._queue_with_siblings(choices)
             self.load_version += 1
 
@@ -105,12 +107,20 @@ class EngineCore:
         """The counts of this moment; waiting counts all that are alive and hold no row."""
         running, pool = self._scheduler.num_running, self._scheduler.pool
         waiting = self._num_alive - running
-        mine = len(self._clients.get(client, ()))
-        return Load(self.load_version, running, waiting, mine, pool.num_blocks - pool.num_free, pool.num_blocks)
+        return Load(
+            version=self.load_version,
+            running=running,
+            waiting=waiting,
+            mine=len(self._clients.get(client, ())),
+            tokens=sum(self._weights.values()),
+            my_tokens=self._weights.get(client, 0),
+            used_blocks=pool.num_blocks - pool.num_free,
+            num_blocks=pool.num_blocks,
+        )
 
-    def by_client(self) -> dict[bytes, int]:
-        """How many requests each client has here; clients without any are left out."""
-        return {client: len(requests) for client, requests in self._clients.items()}
+    def by_client(self) -> dict[bytes, tuple[int, int]]:
+        """How many requests each client has here, and their weight; clients without any are left out."""
+        return {client: (len(requests), self._weights[client]) for client, requests in self._clients.items()}
 
     def kv_cache_stats(self) -> dict[str, int]:
         """Blocks by state, and the prefix cache's use in tokens (looked up and found at first admission)."""
@@ -199,8 +209,10 @@ class EngineCore:
         alive = self._clients[request.client]
         del alive[request.request_id]
         self._num_alive -= 1
+        self._weights[request.client] -= request.weight
         if not alive:
             del self._clients[request.client]
+            del self._weights[request.client]
             self._outbox.forget(request.client)
         self.load_version += 1
         siblings = list(filter(self._is_alive, request.siblings))

@@ -17,7 +17,7 @@ class Request:
     token_ids: int32, prompt and then tokens generated before it was (re)queued; while it runs, its row of the
     SequenceTable is the truth. row: -1 while it waits.
     order: counts arrivals at this engine. block_digests: of its full KV-cache blocks, from the first on, as far as they
-    were needed yet. num_prompt_logprobs: how many prompt positions' log-probabilities its client has.
+    were needed yet. weight: see `Add`. num_prompt_logprobs: how many prompt positions' log-probabilities its client has.
     """
 
     client: bytes
@@ -26,6 +26,7 @@ class Request:
     num_prompt_tokens: int
     sampling: Sampling
     priority: int = 0
+    weight: int = 0
     arrival: float = 0.0
     order: int = 0
     row: int = -1

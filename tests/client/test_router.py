@@ -26,7 +26,7 @@ def send(router: Router, request: RoutingRequest = ANY) -> int:
 
 
 def report(version: int = 1, running: int = 0, waiting: int = 0, mine: int = 0, used_blocks: int = 0) -> Load:
-    return Load(version, running, waiting, mine, used_blocks, 100)
+    return Load(version, running, waiting, mine, 0, 0, used_blocks, 100)
 
 
 def spread(router: Router) -> int:

@@ -98,6 +98,7 @@ class Engine:
         client: bytes = b"a",
         n: int = 1,
         priority: int = 0,
+        weight: int = 0,
         given: Sequence[int] = (),
         **sampling: object,
     ) -> None:
@@ -106,7 +107,7 @@ class Engine:
             self.received.setdefault((client, request_id + choice), Received())
         token_ids = np.array([*prompt, *given], "<i4").tobytes()
         resolved = Sampling(**{"max_tokens": 16, "stop_token_ids": (256,), **sampling})  # type: ignore[arg-type]
-        self.core.add(client, Add(request_id, token_ids, len(prompt), resolved, n, priority))
+        self.core.add(client, Add(request_id, token_ids, len(prompt), resolved, n, priority, weight))
 
     def step(self) -> None:
         outputs = self.core.step()

@@ -171,7 +171,7 @@ def test_what_is_wrong_with_a_request_is_said_to_its_client_and_harms_nobody(mak
     assert (finished.request_id, finished.reason) == (add["request_id"], "error")
     assert re.search(words, finished.error)
     assert len(outputs[B].token_ids) == 1
-    assert engine.core.by_client() == {B: 1}
+    assert engine.core.by_client() == {B: (1, 0)}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_an_id_that_is_alive_is_refused_for_its_client_but_not_for_another(make_
     [finished] = outputs[A].finished
     assert (finished.reason, finished.error) == ("error", "request id 1 is already in use")
     assert outputs[B].finished == []
-    assert engine.core.by_client() == {A: 2, B: 1}
+    assert engine.core.by_client() == {A: (2, 0), B: (1, 0)}
 
 
 # --- choices
@@ -320,11 +320,11 @@ def test_an_abort_says_nothing_and_frees_everything(make_engine, endless):
         engine.add(request_id, [*PROMPT, request_id], max_tokens=50, **endless)
     engine.step()
     engine.core.abort(A, [0, 3, 3, 77])
-    assert engine.core.by_client() == {A: 2}
+    assert engine.core.by_client() == {A: (2, 0)}
     engine.core.abort(A, [1, 2])
     assert not engine.core.has_work
     assert engine.core.step() == {}
-    assert engine.core.load(A) == messages.Load(engine.core.load_version, 0, 0, 0, 0, 200)
+    assert engine.core.load(A) == messages.Load(engine.core.load_version, 0, 0, 0, 0, 0, 0, 200)
 
 
 def test_a_late_abort_and_one_by_another_client_change_nothing(make_engine, endless):
@@ -363,7 +363,7 @@ def test_a_dropped_client_leaves_nothing_behind_and_may_come_back(make_engine, r
     engine.step()
     engine.add(51, [5000], client=A)
     engine.core.drop_client(A)
-    assert engine.core.by_client() == {B: 3}
+    assert engine.core.by_client() == {B: (3, 0)}
     received = len(engine.received[A, 0].token_ids)
     for _ in range(3):
         engine.step()
@@ -376,12 +376,15 @@ def test_a_dropped_client_leaves_nothing_behind_and_may_come_back(make_engine, r
 
 def test_each_client_is_told_the_totals_and_its_own_share(make_engine, endless):
     engine = make_engine(max_num_seqs=3, block_size=4)
-    engine.add(0, PROMPT, client=A, n=2, max_tokens=9, **endless)
+    engine.add(0, PROMPT, client=A, n=2, max_tokens=9, weight=100, **endless)
     for request_id in range(3):
-        engine.add(request_id, PROMPT, client=B, max_tokens=9, **endless)
+        engine.add(request_id, PROMPT, client=B, max_tokens=9, weight=7, **endless)
     engine.step()
-    assert engine.loads[A] == messages.Load(engine.core.load_version, 3, 2, 2, 9, 200)
-    assert engine.loads[B] == messages.Load(engine.core.load_version, 3, 2, 3, 9, 200)
+    assert engine.loads[A] == messages.Load(engine.core.load_version, 3, 2, 2, 221, 200, 9, 200)
+    assert engine.loads[B] == messages.Load(engine.core.load_version, 3, 2, 3, 221, 21, 9, 200)
+    assert engine.core.by_client() == {A: (2, 200), B: (3, 21)}
+    engine.run()
+    assert engine.core.load(A).tokens == 0
 
 
 def test_the_load_version_changes_with_every_count_and_with_nothing_else(make_engine, endless):

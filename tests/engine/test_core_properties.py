@@ -118,11 +118,11 @@ class EngineMachine(RuleBasedStateMachine):
         if self.engine is None:
             return
         queued = [key for key, outcome in self.alive.items() if outcome[1] != "error"]
-        by_client = {client: sum(key[0] == client for key in queued) for client, _ in queued}
+        by_client = {client: (sum(key[0] == client for key in queued), 0) for client, _ in queued}
         assert self.engine.core.by_client() == by_client
         for client in (b"a", b"b", b"c"):
             load = self.engine.core.load(client)
-            assert load.mine == by_client.get(client, 0)
+            assert load.mine == by_client.get(client, (0, 0))[0]
             assert load.running + load.waiting == len(queued)
             assert load.running <= self.engine.config.max_num_seqs
         assert self.engine.core.has_work == bool(self.alive)
