@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from asyncscale.client.completion import Timing as Timing
     from asyncscale.client.generation import Generation as Generation
     from asyncscale.client.generation import Token as Token
-    from asyncscale.client.router import EngineLoad as EngineLoad
-    from asyncscale.client.router import RoutingRequest as RoutingRequest
+    from asyncscale.client.policies import EngineLoad as EngineLoad
+    from asyncscale.client.policies import RoutingRequest as RoutingRequest
     from asyncscale.config import SimulatedModel as SimulatedModel
     from asyncscale.errors import AsyncScaleError as AsyncScaleError
     from asyncscale.errors import ClientClosedError as ClientClosedError
@@ -43,7 +43,7 @@ _HOMES = {
     "asyncscale.client.client": ("AsyncScaleClient",),
     "asyncscale.client.completion": ("ChoiceCompletion", "Completion", "Logprob", "Timing"),
     "asyncscale.client.generation": ("Generation", "Token"),
-    "asyncscale.client.router": ("EngineLoad", "RoutingRequest"),
+    "asyncscale.client.policies": ("EngineLoad", "RoutingRequest"),
     "asyncscale.config": ("SimulatedModel",),
     "asyncscale.errors": (
         "AsyncScaleError",

@@ -17,6 +17,9 @@ from asyncscale.params import Sampling
 
 PROTOCOL_VERSION = 1
 
+# Every client hears of a change of load from the engine itself after so long at the latest, whatever else it is told.
+LOAD_INTERVAL_S = 0.05
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -25,7 +28,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
 
     version: grows with every change, so that older reports can be told. mine: how many of running + waiting the
     receiving client sent. tokens: the `Add.weight` of all running and waiting ones together; my_tokens: of mine.
-    used_blocks, num_blocks: of the KV cache. paused: it computes nothing until it is resumed.
+    used_blocks, num_blocks: of the KV cache. accepting: False while the engine is paused or drained, and new requests
+    should go elsewhere.
     """
 
     version: int
@@ -36,7 +40,11 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     my_tokens: int
     used_blocks: int
     num_blocks: int
-    paused: bool = False
+    accepting: bool = True
+
+
+# DEALER identity -> how many requests that client has here, and their weight in tokens.
+Shares = dict[bytes, tuple[int, int]]
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
@@ -55,7 +63,11 @@ class EngineFacts(msgspec.Struct, frozen=True):
 
 
 class Connect(msgspec.Struct, frozen=True, array_like=True, tag="connect"):
-    """First message of a client. `watch_loads` asks for a `LoadReport` whenever the engine's load changes."""
+    """First message of a client, answered with a `LoadReport`.
+
+    From then on it is told the engine's load, within `LOAD_INTERVAL_S` of a change. watch_loads: as soon as it changes,
+    and everybody's share with it; may be switched on and off by sending Connect again.
+    """
 
     version: int
     watch_loads: bool = False
@@ -102,13 +114,6 @@ ToEngine = Connect | Add | Abort | Call | Disconnect
 # --- engine to client
 
 
-class Connected(msgspec.Struct, frozen=True, array_like=True, tag="connected"):
-    """Answer to Connect."""
-
-    facts: EngineFacts
-    load: Load
-
-
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities at one position: of the chosen token first, then of the most likely ones, best first.
 
@@ -140,7 +145,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     """All that one step made for one client.
 
-    Request_ids[i] got token_ids[i]; an id with several tokens comes several times.
+    Request_ids[i] got token_ids[i]; an id with several tokens comes several times. by_client: see `LoadReport`.
     """
 
     request_ids: list[int]
@@ -151,16 +156,17 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     prompt_logprobs: list[
         tuple[int, list[TokenLogprobs]]
     ] = []  # (request_id, of the next prompt positions; the first is position 1)
+    by_client: Shares | None = None
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     """The engine's load outside of any Outputs.
 
-    by_client: only for a client that asked for it; DEALER identity -> its requests here, and their weight in tokens.
+    by_client: each client's share, for those who watch.
     """
 
     load: Load
-    by_client: dict[bytes, tuple[int, int]] = {}
+    by_client: Shares | None = None
 
 
 class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
@@ -171,7 +177,7 @@ class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
     error: str | None = None
 
 
-FromEngine = Connected | Outputs | LoadReport | CallResult
+FromEngine = Outputs | LoadReport | CallResult
 
 
 # --- from an engine process to its supervisor, over the lifeline, while it starts
@@ -223,11 +229,22 @@ class Detach(msgspec.Struct, frozen=True, array_like=True, tag="detach"):
     """The client leaves."""
 
 
-ToCoordinator = Attach | Detach
+class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collective-call"):
+    """Run a registered method once on every engine. Calls of all clients reach all engines in one order."""
+
+    call_id: int
+    method: str
+    args: list[msgspec.Raw]
+
+
+ToCoordinator = Attach | Detach | CollectiveCall
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    """Answer to Attach: the model, and every engine with its counts."""
+    """Answer to Attach: the model, and every engine with its counts.
+
+    Sent again to a client that could not be told of every change; it replaces what the client knew.
+    """
 
     version: int
     model: ModelSource
@@ -259,7 +276,23 @@ class Farewell(msgspec.Struct, frozen=True, array_like=True, tag="farewell"):
     """The owner closes: all engines end now."""
 
 
-FromCoordinator = Welcome | Joined | Left | Counts | Farewell
+class EngineResult(msgspec.Struct, frozen=True, array_like=True):
+    """One engine's answer: `value` (msgpack) or `error`. died: the engine did, before it answered."""
+
+    engine_id: int
+    value: msgspec.Raw = msgspec.Raw(b"\xc0")
+    error: str | None = None
+    died: bool = False
+
+
+class CollectiveResult(msgspec.Struct, frozen=True, array_like=True, tag="collective-result"):
+    """Answer to CollectiveCall, in engine order."""
+
+    call_id: int
+    results: list[EngineResult]
+
+
+FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | Farewell
 
 
 Message = TypeVar("Message")

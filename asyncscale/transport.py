@@ -53,19 +53,26 @@ def unlink_address(address: str) -> None:
         os.unlink(address.removeprefix("ipc://"))
 
 
-def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """A ROUTER that raises EHOSTUNREACH when it sends to a peer that is gone, instead of dropping silently."""
+def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str, *, max_unread: int = 0) -> zmq.Socket[bytes]:
+    """A ROUTER that raises EHOSTUNREACH when it sends to a peer that is gone, instead of dropping silently.
+
+    max_unread: so many messages may wait for a peer; then a send raises EAGAIN. 0: any number.
+    """
     socket = context.socket(zmq.ROUTER)
     _common(socket)
+    socket.setsockopt(zmq.SNDHWM, max_unread)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.bind(address)
     return socket
 
 
-def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes) -> zmq.Socket[bytes]:
-    """A DEALER under the client's identity."""
+def connect_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes, *, max_unread: int = 0
+) -> zmq.Socket[bytes]:
+    """A DEALER under the client's identity. max_unread: so many messages are taken from the peer ahead of `recv`."""
     socket = context.socket(zmq.DEALER)
     _common(socket)
+    socket.setsockopt(zmq.RCVHWM, max_unread)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.connect(address)
     return socket

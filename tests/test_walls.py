@@ -66,6 +66,8 @@ def test_the_client_knows_the_engine_only_by_its_entry_point() -> None:
 
 def test_decisions_do_no_io() -> None:
     pure = files(
+        "client/affinity.py",
+        "client/policies.py",
         "client/router.py",
         "client/stream.py",
         "engine/core.py",

@@ -12,16 +12,17 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Literal
 
+import msgspec
 import zmq
 
 from asyncscale import messages
-from asyncscale.client.dispatcher import Dispatcher, LoadWatcher
+from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.generation import Generation
 from asyncscale.client.options import engine_config, find_model, routing_policy
+from asyncscale.client.policies import EngineLoad, Policy
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.progress import StartProgress
-from asyncscale.client.router import EngineLoad, Policy
 from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.stream import RequestStream
 from asyncscale.client.supervisor import Launch
@@ -31,6 +32,7 @@ from asyncscale.errors import (
     ClientClosedError,
     ClientStateError,
     EngineDeadError,
+    EngineError,
     InvalidRequestError,
     RequestTimeoutError,
 )
@@ -62,7 +64,7 @@ class AsyncScaleClient:
 
     model: a built-in name, a local Hugging Face folder or GGUF file, a Hugging Face hub id, or a `SimulatedModel`.
     num_engines: each is a process with a whole copy of the model; "auto" is one per usable core, at most four.
-    routing: "least-loaded", "round-robin", or a function (loads, request) -> one of the loads.
+    routing: "least-loaded", "least-tokens", "round-robin", or a function (loads, request) -> one of the loads.
     start_timeout: seconds until all engines must be ready. progress: show bars on stderr; None does when it is a
     terminal. **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
 
@@ -123,8 +125,6 @@ class AsyncScaleClient:
         self._engines: Engines
         self._dispatcher: Dispatcher
         self._preparation: Preparation
-        self._joining: set[asyncio.Task[None]] = set()
-        self._last_left: EngineDeadError | None = None
 
     # --- life
 
@@ -136,6 +136,7 @@ class AsyncScaleClient:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._cleanup.callback(self._context.destroy, linger=0)
+        self._dispatcher = Dispatcher(self._context, self._identity, self._policy)
         self._starting = asyncio.ensure_future(
             self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to)
         )
@@ -159,32 +160,32 @@ class AsyncScaleClient:
             else:
                 source = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
             launch = Launch(source, self._config, self._num_engines, self._start_timeout, progress.on_loading)
-            self._use(OwnedEngines(self._context, launch, self), self._on_load_report)
+            self._use(OwnedEngines(self._context, launch, self._dispatcher))
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
                     codec = group.create_task(asyncio.to_thread(load_codec, source))
                     group.create_task(self._engines.start())
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
-            await self._connect(codec.result())
+            self._connect(codec.result())
 
     async def _start_attached(self, address: str) -> None:
-        self._use(AttachedEngines(self._context, self._identity, address, self))
+        self._use(AttachedEngines(self._context, self._identity, address, self._dispatcher))
         await self._engines.start()
-        await self._connect(await asyncio.to_thread(load_codec, self._engines.model))
+        self._connect(await asyncio.to_thread(load_codec, self._engines.model))
 
-    def _use(self, engines: Engines, on_load_report: LoadWatcher | None = None) -> None:
+    def _use(self, engines: Engines) -> None:
         self._engines = engines
         self._cleanup.push_async_callback(engines.stop)
-        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, on_load_report)
         self._cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
 
-    async def _connect(self, codec: TextCodec) -> None:
+    def _connect(self, codec: TextCodec) -> None:
         members = self._engines.members  # of this moment: one that was ready may have died since
         if not members:
-            raise self._last_left or AsyncScaleError("there is no engine to connect to")
+            raise self._dispatcher.last_death or AsyncScaleError("there is no engine to connect to")
         self._preparation = Preparation(codec, members[0].facts)
-        await asyncio.gather(*(self._dispatcher.join(m.engine_id, m.address, m.facts) for m in members))
+        for member in members:
+            self._dispatcher.join(member)
 
     async def close(self, drain: bool = True, timeout: float | None = 60.0) -> None:
         """End the client and, if it owns them, its engines.
@@ -219,8 +220,6 @@ class AsyncScaleClient:
 
     async def _shut_down(self) -> None:
         self._state = _State.CLOSING
-        for task in self._joining:
-            task.cancel()
         try:
             await self._cleanup.aclose()
         finally:
@@ -351,40 +350,22 @@ class AsyncScaleClient:
             await self._dispatcher.wait_load_change()
 
     async def collective_rpc(self, method: str, /, *args: object, timeout: float | None = 60.0) -> list[Any]:
-        """Run a registered engine method once on every engine; results in engine order.
+        """Run a registered engine method exactly once on every engine; results in engine order.
 
         ::
 
             await client.collective_rpc("kv_cache_stats")
 
-        Arguments and results are plain values (numbers, strings, lists, dicts). timeout: seconds.
-        Raises EngineError when an engine refuses or fails, TimeoutError.
+        Methods: kv_cache_stats, reset_prefix_cache, profile(is_start), pause, drain, resume, process_info.
+        Arguments and results are plain values (numbers, strings, lists, dicts). Calls of all clients reach all engines
+        in one order. timeout: seconds to wait for the results; what was sent runs all the same.
+        Raises EngineError when an engine refuses or fails, EngineDeadError when one dies before it answers,
+        TimeoutError.
         """
         self._check_usable()
+        raw = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
         async with asyncio.timeout(timeout):
-            engine_ids = self._dispatcher.engine_ids
-            return await asyncio.gather(*(self._dispatcher.call(engine_id, method, args) for engine_id in engine_ids))
-
-    # --- what the engines' source tells (EngineEvents)
-
-    def engine_joined(self, member: messages.Member) -> None:
-        """An engine takes requests from now on."""
-        task = asyncio.ensure_future(self._dispatcher.join(member.engine_id, member.address, member.facts))
-        self._joining.add(task)
-        task.add_done_callback(self._joining.discard)
-
-    def engine_left(self, engine_id: int, error: EngineDeadError) -> None:
-        """An engine is gone."""
-        logger.error("%s", error)
-        self._last_left = error
-        self._dispatcher.leave(engine_id, error)
-
-    def engine_load(self, engine_id: int, load: messages.Load) -> None:
-        """Newer counts, which did not come from the engine itself."""
-        self._dispatcher.report(engine_id, load)
-
-    def _on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
-        self._engines.on_load_report(engine_id, report)
+            return [_value(result) for result in await self._engines.call(method, raw)]
 
     # --- use
 
@@ -418,3 +399,10 @@ class AsyncScaleClient:
             else f"{self._model!r}, num_engines={self._num_engines}"
         )
         return f"<AsyncScaleClient {what}, {self._state.value}>"
+
+
+def _value(result: messages.EngineResult) -> Any:
+    if result.error is None:
+        return msgspec.msgpack.decode(result.value)
+    kind = EngineDeadError if result.died else EngineError
+    raise kind(result.error, engine_id=result.engine_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,9 @@ class Timing:
     """When what happened to a request.
 
     arrival, first_token, last_token: time.monotonic() of the client's process.
-    engine: the one that finished it. num_moves: to another engine, because one died.
+    engine: the one that finished it; scores: of every engine when it was sent there, by engine id: what the routing
+    policy compares, least is best (of a policy of your own: `EngineLoad.score`); score: that of the engine.
+    num_moves: to another engine, because one died.
     queued_s: seconds that it waited on its engine before its first step. num_cached_tokens: prompt tokens found in
     the prefix cache.
     """
@@ -33,10 +36,16 @@ class Timing:
     first_token: float | None
     last_token: float | None
     engine: int | None
+    scores: Mapping[int, float]
     num_output_tokens: int
     num_cached_tokens: int
     num_preemptions: int
     num_moves: int
+
+    @property
+    def score(self) -> float | None:
+        """What the engine scored when it was chosen."""
+        return None if self.engine is None else self.scores.get(self.engine)
 
     @property
     def ttft(self) -> float | None:

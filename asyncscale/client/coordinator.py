@@ -3,110 +3,197 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
 
 import msgspec
 import zmq
 
 from asyncscale import messages, transport
+from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.config import ModelSource
 
-# Counts that change together go out together: one message per client per so many seconds at the most.
-_PUBLISH_INTERVAL_S = 0.001
+# Counts that change within so many seconds go out together; and publishing takes at most this share of the loop's time.
+_PUBLISH_INTERVAL_S = 0.0005
+_PUBLISH_SHARE = 0.02
+# A client that reads nothing is sent no more than this many messages ahead, and all it missed when it reads again.
+_MAX_UNREAD = 1000
+_RETRY_INTERVAL_S = 0.1
 
-_NO_LOAD = messages.Load(
-    version=0, running=0, waiting=0, mine=0, tokens=0, my_tokens=0, used_blocks=0, num_blocks=0
-)
+
+@dataclass(slots=True)
+class _Client:
+    """unsent: engines whose newest counts it has not been sent. behind: it did not read, and missed more than counts.
+
+    results: answers to its calls that it could not be sent yet.
+    """
+
+    unsent: set[int] = field(default_factory=set)
+    behind: bool = False
+    results: list[messages.CollectiveResult] = field(default_factory=list)
 
 
 class Coordinator:
     """Keeps the members and their newest loads; a client that attaches gets both at once, and every change after that.
 
     Each client is sent its own share in the counts (`Load.mine`), so the same report means something else to each.
+    dispatcher: the owner's own; what it hears of the engines' loads is passed on, and calls of all clients go through
+    it, so that all engines get them in one order.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: str, model: ModelSource) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        folder: str,
+        model: ModelSource,
+        dispatcher: Dispatcher,
+    ) -> None:
         self.address = transport.coordinator_address(folder)
         self._loop = asyncio.get_running_loop()
         self._model = model
+        self._dispatcher = dispatcher
         self._members: dict[int, messages.Member] = {}
         self._reports: dict[int, messages.LoadReport] = {}
-        self._clients: set[bytes] = set()
-        self._changed: set[int] = set()
+        self._clients: dict[bytes, _Client] = {}
         self._publishing: asyncio.TimerHandle | None = None
-        self._socket = LoopSocket(self._loop, transport.bind_router(context, self.address), self._on_frames)
+        self._next_publish = 0.0
+        self._calls: set[asyncio.Task[None]] = set()
+        socket = transport.bind_router(context, self.address, max_unread=_MAX_UNREAD)
+        self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self.num_malformed = 0
+
+    # --- what the owner tells
 
     def join(self, member: messages.Member) -> None:
         """An engine takes requests from now on."""
         self._members[member.engine_id] = member
-        for client in list(self._clients):
-            self._send(client, messages.Joined(member))
+        self._tell_all(messages.Joined(member))
 
     def leave(self, engine_id: int, reason: str, exit_code: int | None) -> None:
         """An engine is gone."""
         member = self._members.pop(engine_id, None)
         self._reports.pop(engine_id, None)
-        self._changed.discard(engine_id)
+        for client in self._clients.values():
+            client.unsent.discard(engine_id)
         if member is not None:
-            for client in list(self._clients):
-                self._send(client, messages.Left(engine_id, member.incarnation, reason, exit_code))
+            self._tell_all(messages.Left(engine_id, member.incarnation, reason, exit_code))
 
-    def on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
+    def _on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
         """An engine's counts changed."""
-        self._reports[engine_id] = report
-        if not self._clients:
+        known = self._reports.get(engine_id)
+        if engine_id not in self._members or (known is not None and report.load.version < known.load.version):
             return
-        self._changed.add(engine_id)
-        if self._publishing is None:
-            self._publishing = self._loop.call_later(_PUBLISH_INTERVAL_S, self._publish)
+        self._reports[engine_id] = report
+        for client in self._clients.values():
+            client.unsent.add(engine_id)
+        self._publish_at(self._next_publish)
 
     def close(self) -> None:
         """Tell every client that the engines end, and close the socket. Idempotent."""
-        for client in list(self._clients):
-            self._send(client, messages.Farewell())
+        self._tell_all(messages.Farewell())
         self._clients.clear()
+        for call in self._calls:
+            call.cancel()
         if self._publishing is not None:
             self._publishing.cancel()
         self._socket.close()
 
-    def _publish(self) -> None:
-        self._publishing = None
-        changed, self._changed = self._changed, set()
-        for client in list(self._clients):
-            loads = [(engine_id, self._load_for(client, engine_id)) for engine_id in changed]
-            self._send(client, messages.Counts(loads))
+    # --- what clients are sent
 
-    def _load_for(self, client: bytes, engine_id: int) -> messages.Load:
+    def _publish_at(self, time: float) -> None:
+        if self._publishing is None and self._clients:
+            self._publishing = self._loop.call_at(time, self._publish)
+
+    def _publish(self) -> None:
+        """Send each client what it does not know yet."""
+        self._publishing = None
+        start = self._loop.time()
+        for identity, client in list(self._clients.items()):
+            if client.behind:
+                missed: list[messages.FromCoordinator] = [self._welcome(identity), *client.results]
+                client.behind = not all(self._send(identity, message) for message in missed)
+            elif client.unsent:
+                loads = [(engine_id, self._load_for(identity, engine_id)) for engine_id in client.unsent]
+                client.behind = not self._send(identity, messages.Counts(loads))
+            if not client.behind:
+                client.unsent.clear()
+                client.results.clear()
+        now = self._loop.time()
+        self._next_publish = now + max(_PUBLISH_INTERVAL_S, (now - start) / _PUBLISH_SHARE)
+        if any(client.behind for client in self._clients.values()):
+            self._publish_at(now + _RETRY_INTERVAL_S)
+
+    def _tell_all(self, message: messages.FromCoordinator) -> None:
+        for identity, client in list(self._clients.items()):
+            if client.behind or not self._send(identity, message):
+                self._fall_behind(client)
+
+    def _fall_behind(self, client: _Client) -> None:
+        client.behind = True
+        self._publish_at(self._loop.time() + _RETRY_INTERVAL_S)
+
+    def _load_for(self, identity: bytes, engine_id: int) -> messages.Load:
         report = self._reports.get(engine_id)
         if report is None:
-            return _NO_LOAD
-        mine, my_tokens = report.by_client.get(client, (0, 0))
+            return self._members[engine_id].load
+        mine, my_tokens = (report.by_client or {}).get(identity, (0, 0))
         return msgspec.structs.replace(report.load, mine=mine, my_tokens=my_tokens)
 
-    def _on_frames(self, frames: list[bytes]) -> None:
-        client = frames[0]
-        match messages.decode(messages.to_coordinator_decoder, frames[1]) if len(frames) == 2 else None:
-            case None:
-                self.num_malformed += 1
-            case messages.Attach(version):
-                if version == messages.PROTOCOL_VERSION:
-                    self._clients.add(client)
-                self._send(client, self._welcome(client))
-            case messages.Detach():
-                self._clients.discard(client)
-
-    def _welcome(self, client: bytes) -> messages.Welcome:
+    def _welcome(self, identity: bytes) -> messages.Welcome:
         members = [
-            msgspec.structs.replace(member, load=self._load_for(client, engine_id))
+            msgspec.structs.replace(member, load=self._load_for(identity, engine_id))
             for engine_id, member in sorted(self._members.items())
         ]
         return messages.Welcome(messages.PROTOCOL_VERSION, self._model, members)
 
-    def _send(self, client: bytes, message: messages.FromCoordinator) -> None:
+    def _send(self, identity: bytes, message: messages.FromCoordinator) -> bool:
+        """Whether it was sent. A client that is gone is forgotten; one that does not read must be sent it later."""
         try:
-            self._socket.send(client, messages.encoder.encode(message))
+            self._socket.send(identity, messages.encoder.encode(message))
         except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            if error.errno == zmq.EAGAIN:
+                return False
+            if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._clients.discard(client)
+            self._forget(identity)
+        return True
+
+    def _forget(self, identity: bytes) -> None:
+        if self._clients.pop(identity, None) is not None and not self._clients:
+            self._dispatcher.watch_loads(None)
+
+    # --- what clients say
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        identity = frames[0]
+        match messages.decode(messages.to_coordinator_decoder, frames[1]) if len(frames) == 2 else None:
+            case None:
+                self.num_malformed += 1
+            case messages.Attach(version):
+                self._attach(identity, version)
+            case messages.Detach():
+                self._forget(identity)
+            case messages.CollectiveCall() as call:
+                task = self._loop.create_task(
+                    self._answer(identity, call, self._dispatcher.call(call.method, call.args))
+                )
+                self._calls.add(task)
+                task.add_done_callback(self._calls.discard)
+
+    def _attach(self, identity: bytes, version: int) -> None:
+        self._send(identity, self._welcome(identity))
+        if version != messages.PROTOCOL_VERSION:
+            return
+        if not self._clients:
+            self._dispatcher.watch_loads(self._on_load_report)
+        self._clients[identity] = _Client()
+
+    async def _answer(
+        self, identity: bytes, call: messages.CollectiveCall, results: Awaitable[list[messages.EngineResult]]
+    ) -> None:
+        result = messages.CollectiveResult(call.call_id, await results)
+        client = self._clients.get(identity)
+        if client is not None and (client.behind or not self._send(identity, result)):
+            client.results.append(result)
+            self._fall_behind(client)

@@ -6,12 +6,16 @@ It owns them, or it is attached to those of another process. Same face, no subcl
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 import zmq
 
 from asyncscale import messages, transport
 from asyncscale.client.coordinator import Coordinator
+from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.supervisor import EngineProcess, Launch, Supervisor
 from asyncscale.config import ModelSource
@@ -19,19 +23,8 @@ from asyncscale.errors import AsyncScaleError, EngineDeadError
 
 # An owner that is there answers within milliseconds, unless its event loop is blocked by user code.
 _ATTACH_TIMEOUT_S = 10.0
-
-
-class EngineEvents(Protocol):
-    """What a client wants to hear about its engines."""
-
-    def engine_joined(self, member: messages.Member) -> None:
-        """An engine takes requests from now on."""
-
-    def engine_left(self, engine_id: int, error: EngineDeadError) -> None:
-        """An engine is gone."""
-
-    def engine_load(self, engine_id: int, load: messages.Load) -> None:
-        """Newer counts, which did not come from the engine itself."""
+# What the coordinator sends beyond it, it keeps, and sends the newest state of it later.
+_MAX_UNREAD = 1000
 
 
 class Engines(Protocol):
@@ -47,8 +40,8 @@ class Engines(Protocol):
     async def start(self) -> None:
         """Return when the engines are ready."""
 
-    def on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
-        """An engine reported its load to this client."""
+    async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
+        """Run a method once on every engine, in one order with all other clients' calls."""
 
     async def stop(self) -> None:
         """End or leave them. Bounded; idempotent."""
@@ -61,13 +54,13 @@ class OwnedEngines:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         launch: Launch,
-        events: EngineEvents,
+        dispatcher: Dispatcher,
     ) -> None:
         self.model = launch.model
-        self._events = events
+        self._dispatcher = dispatcher
         self.supervisor = Supervisor(launch, self._on_death)
         try:
-            self._coordinator = Coordinator(context, self.supervisor.folder, self.model)
+            self._coordinator = Coordinator(context, self.supervisor.folder, self.model, dispatcher)
         except BaseException:
             transport.remove_runtime_folder(self.supervisor.folder)
             raise
@@ -84,9 +77,9 @@ class OwnedEngines:
         for member in self.members:
             self._coordinator.join(member)
 
-    def on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
-        """Pass an engine's counts on to the attached clients."""
-        self._coordinator.on_load_report(engine_id, report)
+    async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
+        """Run a method once on every engine, in one order with all other clients' calls."""
+        return await self._dispatcher.call(method, args)
 
     async def stop(self) -> None:
         """End all engines."""
@@ -95,29 +88,33 @@ class OwnedEngines:
 
     def _on_death(self, engine: EngineProcess, error: EngineDeadError) -> None:
         self._coordinator.leave(engine.engine_id, str(error.args[0]), error.exit_code)
-        self._events.engine_left(engine.engine_id, error)
+        self._dispatcher.leave(engine.engine_id, error)
 
 
 class AttachedEngines:
     """Engines of another process, learned of from its coordinator."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], identity: bytes, address: str, events: EngineEvents
+        self, context: zmq.Context[zmq.Socket[bytes]], identity: bytes, address: str, dispatcher: Dispatcher
     ) -> None:
         self.address = address
         self.model: ModelSource
-        self._events = events
-        loop = asyncio.get_running_loop()
-        self._welcome: asyncio.Future[messages.Welcome] = loop.create_future()
+        self._dispatcher = dispatcher
+        self._loop = asyncio.get_running_loop()
+        self._welcome: asyncio.Future[messages.Welcome] = self._loop.create_future()
         self._members: dict[int, messages.Member] = {}
+        self._calls: dict[int, asyncio.Future[list[messages.EngineResult]]] = {}
+        self._call_ids = itertools.count()
         if not transport.is_listening(address):
             raise AsyncScaleError(f"nobody is at {address!r}: is the owner closed, or on another host?")
-        socket = transport.connect_dealer(context, address, identity)
+        socket = transport.connect_dealer(context, address, identity, max_unread=_MAX_UNREAD)
         # An owner that is killed says no farewell: the connection ends.
         self._monitor = LoopSocket(
-            loop, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), lambda _: self._all_left("its owner died")
+            self._loop,
+            socket.get_monitor_socket(zmq.EVENT_DISCONNECTED),
+            lambda _: self._owner_left("its owner died"),
         )
-        self._socket = LoopSocket(loop, socket, self._on_frames)
+        self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self.num_malformed = 0
 
     @property
@@ -127,7 +124,7 @@ class AttachedEngines:
 
     async def start(self) -> None:
         """Learn members and counts, in one round trip. Raises AsyncScaleError when nobody answers at the address."""
-        self._socket.send(messages.encoder.encode(messages.Attach(messages.PROTOCOL_VERSION)))
+        self._send(messages.Attach(messages.PROTOCOL_VERSION))
         try:
             async with asyncio.timeout(_ATTACH_TIMEOUT_S):
                 welcome = await self._welcome
@@ -142,44 +139,78 @@ class AttachedEngines:
             )
         self.model = welcome.model
 
-    def on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
-        """Nobody else hears of this through an attached client."""
+    async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
+        """Run a method once on every engine, in one order with all other clients' calls: the coordinator's."""
+        call_id = next(self._call_ids)
+        self._send(messages.CollectiveCall(call_id, method, list(args)))
+        future: asyncio.Future[list[messages.EngineResult]] = self._loop.create_future()
+        self._calls[call_id] = future
+        try:
+            return await future
+        finally:
+            del self._calls[call_id]
 
     async def stop(self) -> None:
         """Leave."""
-        self._socket.send(messages.encoder.encode(messages.Detach()))
+        self._send(messages.Detach())
         self._socket.close()
         self._monitor.close()
+
+    def _send(self, message: messages.ToCoordinator) -> None:
+        self._socket.send(messages.encoder.encode(message))
 
     def _on_frames(self, frames: list[bytes]) -> None:
         match messages.decode(messages.from_coordinator_decoder, frames[0]):
             case None:
                 self.num_malformed += 1
-            case messages.Welcome(members=members) as message:
-                self._members = {member.engine_id: member for member in members}
-                if not self._welcome.done():
-                    self._welcome.set_result(message)
+            case messages.Welcome() as welcome:
+                self._on_welcome(welcome)
             case messages.Counts(loads):
                 for engine_id, load in loads:
-                    self._events.engine_load(engine_id, load)
+                    self._dispatcher.report(engine_id, load)
             case messages.Joined(member):
-                self._members[member.engine_id] = member
-                self._events.engine_joined(member)
+                self._join(member)
             case messages.Left(engine_id, incarnation, reason, exit_code):
-                known = self._members.get(engine_id)
-                if known is not None and known.incarnation == incarnation:
-                    del self._members[engine_id]
-                    self._events.engine_left(
-                        engine_id, EngineDeadError(reason, engine_id=engine_id, exit_code=exit_code)
-                    )
+                self._leave(engine_id, incarnation, reason, exit_code)
+            case messages.CollectiveResult(call_id, results):
+                future = self._calls.get(call_id)
+                if future is not None and not future.done():
+                    future.set_result(results)
             case messages.Farewell():
-                self._all_left("its owner closed")
+                self._owner_left("its owner closed")
 
-    def _all_left(self, reason: str) -> None:
-        members, self._members = self._members, {}
-        for engine_id in members:
-            error = EngineDeadError(f"engine {engine_id} ended: {reason}", engine_id=engine_id)
-            self._events.engine_left(engine_id, error)
+    def _on_welcome(self, welcome: messages.Welcome) -> None:
+        """The first one starts the client; a later one stands for all the messages that it missed."""
+        if not self._welcome.done():
+            self._members = {member.engine_id: member for member in welcome.members}
+            self._welcome.set_result(welcome)
+            return
+        present = {(member.engine_id, member.incarnation) for member in welcome.members}
+        for member in self.members:
+            if (member.engine_id, member.incarnation) not in present:
+                self._leave(member.engine_id, member.incarnation, f"engine {member.engine_id} died", None)
+        for member in welcome.members:
+            if member.engine_id in self._members:
+                self._dispatcher.report(member.engine_id, member.load)
+            else:
+                self._join(member)
+
+    def _join(self, member: messages.Member) -> None:
+        self._members[member.engine_id] = member
+        self._dispatcher.join(member)
+
+    def _leave(self, engine_id: int, incarnation: int, reason: str, exit_code: int | None) -> None:
+        known = self._members.get(engine_id)
+        if known is not None and known.incarnation == incarnation:
+            del self._members[engine_id]
+            self._dispatcher.leave(engine_id, EngineDeadError(reason, engine_id=engine_id, exit_code=exit_code))
+
+    def _owner_left(self, reason: str) -> None:
+        for member in self.members:
+            self._leave(member.engine_id, member.incarnation, f"engine {member.engine_id} ended: {reason}", None)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(AsyncScaleError(f"the engines ended: {reason}"))
 
 
 def _member(engine: EngineProcess) -> messages.Member:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator
 
+import msgspec
+
 from asyncscale.client.completion import Completion
 from asyncscale.client.stream import ChoiceStream, RequestStream
 from asyncscale.errors import RequestAbortedError
 from asyncscale.messages import FinishReason
 
 
-class Token:
+class Token(msgspec.Struct, eq=False, gc=False):
     """One generated token. `str(token)` is its text.
 
     token_id: int. index: its place among the tokens of its choice, from 0. choice: which of the n completions it
@@ -20,15 +22,10 @@ class Token:
     asked for, else None. finish_reason: on a choice's last token, why it ended ("stop" or "length"), else None.
     """
 
-    __slots__ = ("_stream", "finish_reason", "index", "token_id")
-
-    def __init__(self, stream: ChoiceStream, index: int) -> None:
-        self._stream = stream
-        self.index = index
-        self.token_id = stream.token_ids[index]
-        self.finish_reason: FinishReason | None = None
-        if stream.finish_reason is not None and index == len(stream.token_ids) - 1:
-            self.finish_reason = stream.finish_reason
+    _stream: ChoiceStream
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None = None
 
     @property
     def text(self) -> str:
@@ -60,6 +57,8 @@ class Generation:
     task that reads or awaits it, its timeout, `abort()`, and forgetting it all end it on its engine.
     Raises: RequestTimeoutError, RequestAbortedError, EngineDeadError, ClientClosedError.
     """
+
+    __slots__ = ("__weakref__", "_abort", "_loop", "_stream")
 
     def __init__(self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]) -> None:
         self._stream = stream
@@ -106,20 +105,24 @@ class Generation:
 class _TokenIterator:
     """One pass over the tokens. When it goes away before the end, its loop was left early."""
 
-    __slots__ = ("_cursors", "_generation", "_next", "_stream")
+    __slots__ = ("_arrivals", "_choice", "_cursors", "_generation", "_next", "_stream")
 
     def __init__(self, generation: Generation, stream: RequestStream) -> None:
         self._generation = generation
         self._stream = stream
         self._next = 0
+        self._choice = stream.choices[0]
+        # What grows by one with each token: of several choices the order over all, of one its own tokens.
+        self._arrivals = self._choice.token_ids if stream.arrivals is None else stream.arrivals
         self._cursors = [0] * len(stream.choices)
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self
 
     async def __anext__(self) -> Token:
-        stream = self._stream
-        while self._next >= stream.num_tokens:
+        position = self._next
+        while position >= len(self._arrivals):
+            stream = self._stream
             if stream.done:
                 if stream.error is not None:
                     raise _as_raised(stream.error)
@@ -129,11 +132,22 @@ class _TokenIterator:
             except asyncio.CancelledError:
                 self._generation.abort()
                 raise
-        choice = 0 if stream.arrivals is None else stream.arrivals[self._next]
-        index = self._cursors[choice]
-        self._next += 1
-        self._cursors[choice] = index + 1
-        return Token(stream.choices[choice], index)
+        self._next = position + 1
+        if self._stream.arrivals is not None:
+            return self._token_of_several(position)
+        choice = self._choice
+        finish_reason = choice.finish_reason
+        if finish_reason is not None and self._next < len(self._arrivals):
+            finish_reason = None
+        return Token(choice, position, self._arrivals[position], finish_reason)
+
+    def _token_of_several(self, position: int) -> Token:
+        number = self._arrivals[position]
+        choice = self._stream.choices[number]
+        index = self._cursors[number]
+        self._cursors[number] = index + 1
+        is_last = index == len(choice.token_ids) - 1
+        return Token(choice, index, choice.token_ids[index], choice.finish_reason if is_last else None)
 
     def __del__(self) -> None:
         generation = self._generation

@@ -11,7 +11,7 @@ import msgspec
 
 from asyncscale.checkpoint.progress import Progress
 from asyncscale.checkpoint.resolve import resolve_model
-from asyncscale.client.router import POLICIES, Policy
+from asyncscale.client.policies import POLICIES, Policy
 from asyncscale.config import CheckpointFiles, EngineConfig
 
 

@@ -1,4 +1,4 @@
-"""Which engine gets the next request: a load table and pure functions over it. No I/O, no clock of its own.
+"""Which engine gets the next request: a load table, and a policy that looks at it. No I/O, no clock of its own.
 
 What this client has in flight on an engine is known exactly, here. What others have there is the engine's newest
 report less what that report says is this client's. So a report, however old, never erases what was sent after it.
@@ -6,95 +6,60 @@ report less what that report says is this client's. So a report, however old, ne
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
+from asyncscale.client.affinity import PrefixTable, SessionTable
+from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest, least_loaded, measure_of
 from asyncscale.messages import Load
 
-# A request of a session stays on the session's engine while that is no more than this many requests busier than the
-# best.
-SESSION_SLACK = 4
-_MAX_SESSIONS = 65_536
-# Less than one request: it decides between equals, and a burst stays spread to within one.
-_KV_WEIGHT = 0.5
 
+class Decision(msgspec.Struct, frozen=True):
+    """Where a request goes, and why.
 
-class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine's load as this client knows it.
-
-    mine: this client's requests aboard, exact. others: those of other clients, from the engine's newest report, which
-    is `age_s` seconds old (inf: none yet). running, waiting, kv_usage (0 to 1): from that report. capacity: most that
-    run at once.
+    scores: engine id -> what the policy compares engines by, of every engine that was there at that moment.
     """
 
     engine_id: int
-    mine: int
-    others: int
-    capacity: int
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
-    age_s: float = float("inf")
-
-    @property
-    def in_flight(self) -> int:
-        return self.mine + self.others
-
-    @property
-    def full(self) -> bool:
-        return self.in_flight >= self.capacity
-
-    @property
-    def score(self) -> float:
-        """Requests in flight, twice where they must wait for a slot, and a part of one request for a full KV cache."""
-        return self.in_flight + max(0, self.in_flight - self.capacity) + _KV_WEIGHT * self.kv_usage
-
-
-class RoutingRequest(msgspec.Struct, frozen=True):
-    """What a policy may look at besides the loads."""
-
-    num_prompt_tokens: int
-    session: str | None = None
-
-
-# Called with the engines in an order that rotates from pick to pick, so that taking the first of equals spreads ties
-# evenly.
-Policy = Callable[[Sequence[EngineLoad], RoutingRequest], EngineLoad]
-
-
-def least_loaded(loads: Sequence[EngineLoad], request: RoutingRequest) -> EngineLoad:
-    """The engine with the least score."""
-    return min(loads, key=lambda load: load.score)
-
-
-def round_robin(loads: Sequence[EngineLoad], request: RoutingRequest) -> EngineLoad:
-    """Each engine in turn, whatever its load."""
-    return loads[0]
-
-
-POLICIES: dict[str, Policy] = {"least-loaded": least_loaded, "round-robin": round_robin}
+    scores: dict[int, float]
 
 
 class _Engine:
-    __slots__ = ("capacity", "load", "mine", "reported_at")
+    __slots__ = ("capacity", "draining", "load", "mine", "my_tokens", "reported_at")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.draining = False
         self.mine = 0
+        self.my_tokens = 0
         self.load: Load | None = None
         self.reported_at = float("-inf")
 
 
 class Router:
-    """The load table of one client. Times are the caller's clock, in seconds."""
+    """The load table of one client. Times are the caller's clock, in seconds; tokens are weights of requests.
 
-    def __init__(self, policy: Policy = least_loaded) -> None:
+    ::
+
+        request = RoutingRequest(len(prompt), 100, session, router.home(session), router.cached_tokens(hashes))
+        decision = router.pick(request, now)
+        router.sent(decision.engine_id, 1, request.num_tokens)
+        router.computed(decision.engine_id, hashes)                # with its first token
+        router.ended(decision.engine_id, 1, request.num_tokens)
+
+    Engines that are unknown, because they left or have not joined yet, are never an error.
+    first_turn: where the first of equal engines is looked for; different in each client, lest all begin with the same.
+    """
+
+    def __init__(self, policy: Policy = least_loaded, first_turn: int = 0) -> None:
         self._policy = policy
-        self._engines: dict[int, _Engine] = {}
-        self._sessions: OrderedDict[str, int] = OrderedDict()
-        self._turn = 0
+        self._measure = measure_of(policy)
+        self._first_turn = first_turn
+        self._last_engine_id: int | None = None
+        self._engines: dict[int, _Engine] = {}  # in order of their ids
+        self._sessions = SessionTable()
+        self._prefixes = PrefixTable()
 
     def __contains__(self, engine_id: int) -> bool:
         return engine_id in self._engines
@@ -102,62 +67,108 @@ class Router:
     def __len__(self) -> int:
         return len(self._engines)
 
+    # --- what happens
+
     def join(self, engine_id: int, capacity: int) -> None:
         """An engine takes requests from now on; `capacity` of them run at once."""
-        self._engines[engine_id] = _Engine(capacity)
+        self.leave(engine_id)
+        self._engines = dict(sorted({**self._engines, engine_id: _Engine(capacity)}.items()))
 
     def leave(self, engine_id: int) -> None:
-        """An engine takes no more requests; not an error when it is unknown."""
-        self._engines.pop(engine_id, None)
+        """An engine takes no more requests, and what it had cached is gone."""
+        if self._engines.pop(engine_id, None) is not None:
+            self._sessions.forget(engine_id)
+            self._prefixes.forget(engine_id)
+
+    def set_draining(self, engine_id: int, draining: bool) -> None:
+        """An engine finishes what it has and gets nothing new, or takes requests again."""
+        if engine_id in self._engines:
+            self._engines[engine_id].draining = draining
 
     def report(self, engine_id: int, load: Load, now: float) -> None:
-        """An engine's own counts arrived. One that is older than the newest is ignored."""
+        """An engine's own counts arrived, by whatever way. Those that are older than the newest are ignored."""
         engine = self._engines.get(engine_id)
         if engine is None or (engine.load is not None and load.version < engine.load.version):
             return
         engine.load = load
         engine.reported_at = now
 
-    def sent(self, engine_id: int, count: int = 1) -> None:
-        """So many requests were sent to the engine."""
-        if engine_id in self._engines:
-            self._engines[engine_id].mine += count
+    def sent(self, engine_id: int, count: int = 1, tokens: int = 0) -> None:
+        """So many requests, with so many tokens together, were sent to the engine."""
+        engine = self._engines.get(engine_id)
+        if engine is not None:
+            engine.mine += count
+            engine.my_tokens += tokens
 
-    def ended(self, engine_id: int, count: int = 1) -> None:
-        """So many requests that were sent to the engine ended, or were taken back."""
-        if engine_id in self._engines:
-            self._engines[engine_id].mine -= count
+    def ended(self, engine_id: int, count: int = 1, tokens: int = 0) -> None:
+        """So many requests that were sent to the engine, with so many tokens together, ended or were taken back."""
+        engine = self._engines.get(engine_id)
+        if engine is not None:
+            engine.mine = max(0, engine.mine - count)
+            engine.my_tokens = max(0, engine.my_tokens - tokens)
 
-    def pick(self, request: RoutingRequest, now: float) -> int | None:
-        """The engine for `request`, or None while every engine is full: then hold it back until one is not."""
-        loads = [load for load in self.loads(now) if not load.full]
-        if not loads:
+    def computed(self, engine_id: int, hashes: Sequence[int]) -> None:
+        """The engine has computed a prompt with these `prefix_hashes`: it is in the cache there."""
+        if hashes and engine_id in self._engines:
+            self._prefixes.computed(engine_id, hashes)
+
+    # --- what follows from it
+
+    def home(self, session: str | None) -> int | None:
+        """The engine that has the session, if any does."""
+        return None if session is None else self._sessions.home(session)
+
+    def cached_tokens(self, hashes: Sequence[int]) -> dict[int, int]:
+        """Engine id -> how many first tokens of the prompt with these `prefix_hashes` are cached there."""
+        return self._prefixes.cached_tokens(hashes)
+
+    def pick(self, request: RoutingRequest, now: float) -> Decision | None:
+        """Where to send the request; None while no engine that accepts requests has a free slot: then hold it back.
+
+        Raises TypeError when the policy returns something else than one of the loads that it was given.
+        """
+        loads = self.loads(now)
+        candidates = self._in_turn([load for load in loads if load.accepting and not load.full])
+        if not candidates:
             return None
-        self._turn += 1
-        turn = self._turn % len(loads)
-        chosen = self._policy(loads[turn:] + loads[:turn], request)
+        chosen = self._policy(candidates, request)
+        if not any(chosen is load for load in candidates):
+            name = getattr(self._policy, "__qualname__", None) or repr(self._policy)
+            raise TypeError(f"routing policy {name} must return one of the loads it is given, got {chosen!r}")
+        self._last_engine_id = chosen.engine_id
         if request.session is not None:
-            chosen = self._keep_session(request.session, chosen, loads)
-        return chosen.engine_id
+            self._sessions.settle(request.session, chosen.engine_id)
+        return Decision(chosen.engine_id, {load.engine_id: self._measure(load) for load in loads})
 
     def loads(self, now: float) -> list[EngineLoad]:
         """The whole table, in engine order."""
-        return [_engine_load(engine_id, engine, now) for engine_id, engine in sorted(self._engines.items())]
+        return [_engine_load(engine_id, engine, now) for engine_id, engine in self._engines.items()]
 
-    def _keep_session(self, session: str, best: EngineLoad, loads: Sequence[EngineLoad]) -> EngineLoad:
-        home = next((load for load in loads if load.engine_id == self._sessions.get(session)), None)
-        chosen = home if home is not None and home.score <= best.score + SESSION_SLACK else best
-        self._sessions[session] = chosen.engine_id
-        self._sessions.move_to_end(session)
-        if len(self._sessions) > _MAX_SESSIONS:
-            self._sessions.popitem(last=False)
-        return chosen
+    def scores(self, now: float) -> dict[int, float]:
+        """What the policy compares engines by, of every engine."""
+        return {load.engine_id: self._measure(load) for load in self.loads(now)}
+
+    def _in_turn(self, loads: list[EngineLoad]) -> list[EngineLoad]:
+        """Beginning after the engine that was chosen last, whichever of them have room now."""
+        if self._last_engine_id is None:
+            start = self._first_turn % max(1, len(loads))
+        else:
+            last = self._last_engine_id
+            start = next((index for index, load in enumerate(loads) if load.engine_id > last), 0)
+        return loads[start:] + loads[:start]
 
 
 def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
     load = engine.load
     if load is None:
-        return EngineLoad(engine_id=engine_id, mine=engine.mine, others=0, capacity=engine.capacity)
+        return EngineLoad(
+            engine_id=engine_id,
+            mine=engine.mine,
+            others=0,
+            capacity=engine.capacity,
+            my_tokens=engine.my_tokens,
+            accepting=not engine.draining,
+        )
     return EngineLoad(
         engine_id=engine_id,
         mine=engine.mine,
@@ -166,5 +177,8 @@ def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
         running=load.running,
         waiting=load.waiting,
         kv_usage=load.used_blocks / load.num_blocks if load.num_blocks else 0.0,
+        my_tokens=engine.my_tokens,
+        other_tokens=max(0, load.tokens - load.my_tokens),
+        accepting=load.accepting and not engine.draining,
         age_s=now - engine.reported_at,
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from asyncscale.client.affinity import prefix_hashes
 from asyncscale.client.completion import ChoiceCompletion, Completion, Logprob, Timing
 from asyncscale.messages import Add, FinishReason, TokenLogprobs
 from asyncscale.params import Sampling, SamplingParams
 from asyncscale.tokenization.codec import Detokenizer, TextCodec
 from asyncscale.tokenization.stop import StopStrings
+
+# Of a request that may make more: most end long before the context does.
+_EXPECTED_OUTPUT_TOKENS = 256
 
 
 class ChoiceStream:
@@ -50,15 +53,23 @@ class ChoiceStream:
         stop = params.stop_strings
         self._stop = StopStrings(stop, params.include_stop_str_in_output) if stop else None
 
-    def push(self, token_id: int) -> None:
-        """Take the next token; one that crossed an abort or a stop string is dropped."""
-        if self.finish_reason is None:
-            self.token_ids.append(token_id)
-            if self.request.arrivals is not None:
-                self.request.arrivals.append(self.index)
+    def push(self, token_id: int, now: float) -> bool:
+        """Take the next token, which came at `now`, and wake who waits for it. Whether to look for stop strings next.
 
-    @property
-    def has_stop_strings(self) -> bool:
+        One that crossed an abort or a stop string is dropped.
+        """
+        if self.finish_reason is not None:
+            return False
+        self.token_ids.append(token_id)
+        request = self.request
+        request.last_token_at = now
+        if request.arrivals is not None:
+            request.arrivals.append(self.index)
+        waiter = request.token_waiter
+        if waiter is not None:
+            request.token_waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
         return self._stop is not None
 
     def check_stop_strings(self) -> bool:
@@ -141,6 +152,40 @@ class ChoiceStream:
 class RequestStream:
     """One request: its choices, who waits for them, and how it ended."""
 
+    __slots__ = (
+        "__weakref__",
+        "_end_waiters",
+        "_num_open",
+        "_on_end",
+        "arrival",
+        "arrivals",
+        "choices",
+        "codec",
+        "done",
+        "engine_id",
+        "error",
+        "expected_output_tokens",
+        "first_token_at",
+        "last_token_at",
+        "num_cached_tokens",
+        "num_moves",
+        "num_preemptions",
+        "order",
+        "params",
+        "pinned_engine",
+        "prefix_hashes",
+        "priority",
+        "prompt_logprobs",
+        "prompt_token_ids",
+        "queued_s",
+        "request_id",
+        "sampling",
+        "scores",
+        "session",
+        "timer",
+        "token_waiter",
+    )
+
     def __init__(
         self,
         *,
@@ -163,6 +208,8 @@ class RequestStream:
         self.codec = codec
         self.priority = priority
         self.session = session
+        self.prefix_hashes = prefix_hashes(prompt_token_ids)  # until its engine has computed the prompt
+        self.expected_output_tokens = min(sampling.max_tokens, _EXPECTED_OUTPUT_TOKENS)
         self.pinned_engine = pinned_engine
         self.arrival = arrival
         self.first_token_at: float | None = None
@@ -172,6 +219,7 @@ class RequestStream:
         self.num_preemptions = 0
         self.num_moves = 0  # to another engine, because one died
         self.engine_id: int | None = None
+        self.scores: dict[int, float] = {}  # of every engine, when it was sent
         self.order = wire_id  # of arrival at this client
         self.error: Exception | None = None
         self.done = False
@@ -183,7 +231,7 @@ class RequestStream:
         self.choices = [ChoiceStream(self, index, wire_id + index) for index in range(params.n)]
         self._on_end = on_end
         self._num_open = params.n
-        self._token_waiters: list[asyncio.Future[None]] = []
+        self.token_waiter: asyncio.Future[None] | None = None
         self._end_waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -213,17 +261,25 @@ class RequestStream:
         return messages
 
     def _message(self, wire_id: int, token_ids: npt.NDArray[np.integer], sampling: Sampling, n: int) -> Add:
-        return Add(wire_id, token_ids.astype("<i4").tobytes(), len(self.prompt_token_ids), sampling, n, self.priority)
+        return Add(
+            wire_id,
+            token_ids.astype("<i4").tobytes(),
+            len(self.prompt_token_ids),
+            sampling,
+            n,
+            self.priority,
+            self.weight,
+        )
+
+    @property
+    def weight(self) -> int:
+        """The work in each of its choices, in tokens."""
+        return len(self.prompt_token_ids) + self.expected_output_tokens
 
     @property
     def num_tokens(self) -> int:
         """Tokens so far, over all choices."""
         return len(self.choices[0].token_ids) if self.arrivals is None else len(self.arrivals)
-
-    def wake(self) -> None:
-        """Tokens came: let those who wait for one go on."""
-        if self._token_waiters:
-            _resolve_all(self._token_waiters)
 
     def choice_finished(self) -> None:
         """One of the choices has all its tokens."""
@@ -245,16 +301,27 @@ class RequestStream:
         if self.timer is not None:
             self.timer.cancel()
         self._on_end(self)
-        _resolve_all(self._token_waiters)
-        _resolve_all(self._end_waiters)
+        if self.token_waiter is not None:
+            _resolve(self.token_waiter)
+        for waiter in self._end_waiters:
+            _resolve(waiter)
+        self._end_waiters.clear()
 
     def wait_token(self) -> asyncio.Future[None]:
-        """A future that is done when a token or the end comes. The caller has seen all that came before."""
-        return _waiter(self._token_waiters)
+        """A future that is done when a token or the end comes, or for no reason. The caller has seen all before it."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        first = self.token_waiter
+        if first is None or first.done():
+            self.token_waiter = future
+        else:  # a second reader follows the first, also when that one is cancelled
+            first.add_done_callback(lambda _: _resolve(future))
+        return future
 
     def wait_end(self) -> asyncio.Future[None]:
         """A future that is done when the request has ended; not woken per token."""
-        return _waiter(self._end_waiters)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._end_waiters.append(future)
+        return future
 
     def completion(self) -> Completion:
         """The finished request as a value."""
@@ -274,6 +341,7 @@ class RequestStream:
             first_token=self.first_token_at,
             last_token=self.last_token_at,
             engine=self.engine_id,
+            scores=self.scores,
             num_output_tokens=self.num_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_preemptions=self.num_preemptions,
@@ -308,14 +376,6 @@ def _logprob_table(entry: TokenLogprobs) -> dict[int, Logprob]:
     return table
 
 
-def _waiter(waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    waiters.append(future)
-    return future
-
-
-def _resolve_all(waiters: list[asyncio.Future[Any]]) -> None:
-    for future in waiters:
-        if not future.done():
-            future.set_result(None)
-    waiters.clear()
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -51,16 +51,21 @@ class EngineCore:
         self._num_alive = 0
         self._weights: dict[bytes, int] = {}  # of requests alive, by client
         self._num_arrived = 0
+        self._paused = False
+        self._accepting = True
         self.load_version = 0
         self.methods: dict[str, Callable[..., object]] = {
             "reset_prefix_cache": self._scheduler.pool.reset_cache,
             "kv_cache_stats": self.kv_cache_stats,
+            "pause": self.pause,
+            "drain": self.drain,
+            "resume": self.resume,
         }
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to hand out."""
-        return bool(self._clients) or len(self._outbox) > 0
+        return (bool(self._clients) and not self._paused) or len(self._outbox) > 0
 
     def add(self, client: bytes, message: Add) -> None:
         """Take a request in. What is wrong with it is said in the client's next outputs."""
@@ -93,6 +98,11 @@ class EngineCore:
 
     def step(self) -> dict[bytes, Outputs]:
         """Compute one batch. Returns one Outputs for each client that got tokens or endings."""
+        if not self._paused:
+            self._compute()
+        return self._outbox.flush(self.load)
+
+    def _compute(self) -> None:
         num_running = self._scheduler.num_running
         schedule = self._scheduler.schedule(self._clock())
         for request, error in schedule.failed:
@@ -101,7 +111,6 @@ class EngineCore:
             self._apply(schedule.batch, self._runner.execute(schedule.batch))
         if self._scheduler.num_running != num_running:
             self.load_version += 1
-        return self._outbox.flush(self.load)
 
     def load(self, client: bytes) -> Load:
         """The counts of this moment; waiting counts all that are alive and hold no row."""
@@ -116,11 +125,31 @@ class EngineCore:
             my_tokens=self._weights.get(client, 0),
             used_blocks=pool.num_blocks - pool.num_free,
             num_blocks=pool.num_blocks,
+            accepting=self._accepting,
         )
 
     def by_client(self) -> dict[bytes, tuple[int, int]]:
         """How many requests each client has here, and their weight; clients without any are left out."""
         return {client: (len(requests), self._weights[client]) for client, requests in self._clients.items()}
+
+    def pause(self) -> None:
+        """Compute nothing, and ask for no more requests, until `resume`. Those that are here stay as they are."""
+        self._paused = True
+        self._set_accepting(False)
+
+    def drain(self) -> None:
+        """Go on with what is here, and ask for no more, until `resume`. What is sent all the same is served."""
+        self._set_accepting(False)
+
+    def resume(self) -> None:
+        """End a pause or a drain."""
+        self._paused = False
+        self._set_accepting(True)
+
+    def _set_accepting(self, accepting: bool) -> None:
+        if accepting != self._accepting:
+            self._accepting = accepting
+            self.load_version += 1
 
     def kv_cache_stats(self) -> dict[str, int]:
         """Blocks by state, and the prefix cache's use in tokens (looked up and found at first admission)."""

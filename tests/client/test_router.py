@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncscale.client.router import SESSION_SLACK, Router, RoutingRequest, round_robin
+from asyncscale.client.policies import AFFINITY_SLACK, RoutingRequest, round_robin
+from asyncscale.client.router import Router
 from asyncscale.messages import Load
 
 ANY = RoutingRequest(num_prompt_tokens=10)
@@ -19,10 +21,16 @@ def make_router(num_engines: int, capacity: int = 1000) -> Router:
 
 
 def send(router: Router, request: RoutingRequest = ANY) -> int:
-    engine_id = router.pick(request, now=0.0)
-    assert engine_id is not None
-    router.sent(engine_id)
-    return engine_id
+    request = msgspec.structs.replace(request, home=router.home(request.session))
+    decision = router.pick(request, now=0.0)
+    assert decision is not None
+    router.sent(decision.engine_id, 1, request.num_tokens)
+    return decision.engine_id
+
+
+def picked(router: Router, request: RoutingRequest = ANY, now: float = 0.0) -> int | None:
+    decision = router.pick(request, now)
+    return None if decision is None else decision.engine_id
 
 
 def report(version: int = 1, running: int = 0, waiting: int = 0, mine: int = 0, used_blocks: int = 0) -> Load:
@@ -83,11 +91,11 @@ def test_a_report_that_arrives_out_of_order_is_ignored() -> None:
 
 def test_ties_have_no_favourite() -> None:
     router = make_router(3)
-    picked = []
+    engine_ids = []
     for _ in range(30):
-        picked.append(send(router))
-        router.ended(picked[-1])
-    assert {picked.count(engine_id) for engine_id in range(3)} == {10}
+        engine_ids.append(send(router))
+        router.ended(engine_ids[-1])
+    assert {engine_ids.count(engine_id) for engine_id in range(3)} == {10}
 
 
 def test_a_full_engine_gets_nothing_while_another_has_room() -> None:
@@ -100,23 +108,23 @@ def test_when_every_engine_is_full_the_request_is_held_until_one_is_not() -> Non
     router = make_router(2, capacity=1)
     send(router)
     send(router)
-    assert router.pick(ANY, now=0.0) is None
+    assert picked(router) is None
     router.ended(1)
-    assert router.pick(ANY, now=0.0) == 1
+    assert picked(router) == 1
 
 
 def test_kv_pressure_decides_between_equals() -> None:
     router = make_router(2)
     router.report(0, report(used_blocks=90), now=0.0)
     router.report(1, report(used_blocks=10), now=0.0)
-    assert router.pick(ANY, now=0.0) == 1
+    assert picked(router) == 1
 
 
 def test_a_session_stays_on_its_engine_until_that_is_busier_by_more_than_the_slack() -> None:
     router = make_router(2)
     session = RoutingRequest(num_prompt_tokens=10, session="a")
     home = send(router, session)
-    for _ in range(SESSION_SLACK - 1):
+    for _ in range(AFFINITY_SLACK - 1):
         assert send(router, session) == home
     router.sent(home, 2)
     assert send(router, session) == 1 - home
@@ -127,13 +135,13 @@ def test_engines_that_join_and_leave_between_picks_are_never_an_error() -> None:
     router.sent(0, 3)
     router.leave(0)
     router.leave(0)
-    assert router.pick(ANY, now=0.0) is None
+    assert picked(router) is None
     router.report(0, report(running=5), now=0.0)
     router.sent(0)
     router.ended(0)
     router.join(0, 10)
     assert router.loads(0.0)[0].mine == 0
-    assert router.pick(ANY, now=0.0) == 0
+    assert picked(router) == 0
 
 
 def test_without_a_report_the_age_of_the_counts_is_infinite() -> None:

@@ -37,7 +37,7 @@ def make_stream(**params: object) -> RequestStream:
 def push_text(stream: RequestStream, text: str, choice: int = 0) -> None:
     """Tokens whose text is `text`, a byte each."""
     for token_id in CODEC.encode(text):
-        stream.choices[choice].push(token_id)
+        stream.choices[choice].push(token_id, now=0.0)
 
 
 def pieces(stream: RequestStream) -> list[str]:
@@ -55,7 +55,7 @@ def test_text_is_whole_characters_and_comes_with_their_last_token() -> None:
 def test_half_a_character_at_the_end_is_shown_as_the_tokenizer_shows_it() -> None:
     stream = make_stream()
     for token_id in b"a\xe2\x82":
-        stream.choices[0].push(token_id)
+        stream.choices[0].push(token_id, now=0.0)
     stream.choices[0].finish("length")
     assert stream.choices[0].text() == CODEC.decode(list(b"a\xe2\x82")) == "a\ufffd"
 
@@ -161,7 +161,7 @@ def test_the_end_is_told_once_when_all_choices_have_ended() -> None:
 async def test_tokens_of_several_choices_come_in_the_order_of_their_arrival() -> None:
     stream = make_stream(n=2)
     for choice, token_id in [(0, 97), (1, 120), (1, 121), (0, 98)]:
-        stream.choices[choice].push(token_id)
+        stream.choices[choice].push(token_id, now=0.0)
     for choice in stream.choices:
         choice.finish("length")
     tokens = [token async for token in Generation(stream, lambda *_: None)]
@@ -180,7 +180,6 @@ async def test_await_is_woken_once_and_not_for_every_token() -> None:
     await asyncio.sleep(0)
     assert len(stream._end_waiters) == 1
     push_text(stream, "abc")
-    stream.wake()
     assert not task.done()
     assert len(stream._end_waiters) == 1
     stream.choices[0].finish("length")
@@ -239,7 +238,7 @@ async def test_a_generation_that_is_forgotten_in_another_thread_is_aborted_on_it
 def test_logprobs_name_the_chosen_token_and_the_most_likely_ones() -> None:
     stream = make_stream(logprobs=2)
     choice = stream.choices[0]
-    choice.push(97)
+    choice.push(97, now=0.0)
     choice.logprobs.append(TokenLogprobs([97, 98, 99], [-3.0, -0.5, -1.0], rank=5))
     choice.finish("length")
     completion = stream.completion()

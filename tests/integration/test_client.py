@@ -505,7 +505,7 @@ async def test_collective_rpc_runs_once_on_every_engine_in_order(client: AsyncSc
 
 
 async def test_an_unknown_engine_method_is_refused(client: AsyncScaleClient) -> None:
-    with pytest.raises(EngineError, match="unknown engine method '__init__'; known are kv_cache_stats, process_info"):
+    with pytest.raises(EngineError, match="unknown engine method '__init__'; known are drain, kv_cache_stats"):
         await client.collective_rpc("__init__")
 
 

@@ -1,0 +1,82 @@
+"""A client's DEALER to one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+
+import msgspec
+import zmq
+
+from asyncscale import messages, transport
+from asyncscale.client.loop_socket import LoopSocket
+from asyncscale.errors import EngineDeadError
+
+
+class EngineConnection:
+    """Sends an engine what this client wants of it, and `on_message` what it says. Usable at once.
+
+    An engine that cannot be reached is not noticed here: whoever started it watches its process.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        identity: bytes,
+        member: messages.Member,
+        on_message: Callable[[EngineConnection, messages.FromEngine], None],
+    ) -> None:
+        self.engine_id = member.engine_id
+        self.num_malformed = 0
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._calls: dict[int, asyncio.Future[messages.EngineResult]] = {}
+        self._call_ids = itertools.count()
+        socket = transport.connect_dealer(context, member.address, identity)
+        self._socket = LoopSocket(self._loop, socket, self._on_frames)
+
+    def send(self, message: messages.ToEngine) -> None:
+        """Queue a message; it goes out as soon as the engine is there."""
+        self._socket.send(messages.encoder.encode(message))
+
+    def connect(self, watch_loads: bool) -> None:
+        """Introduce this client, or change what it wants to know."""
+        self.send(messages.Connect(messages.PROTOCOL_VERSION, watch_loads))
+
+    def call(self, method: str, args: Sequence[msgspec.Raw]) -> asyncio.Future[messages.EngineResult]:
+        """Ask the engine to run a registered method: sent when this returns, answered when the future is done."""
+        call_id = next(self._call_ids)
+        self.send(messages.Call(call_id, method, list(args)))
+        future: asyncio.Future[messages.EngineResult] = self._loop.create_future()
+        self._calls[call_id] = future
+        return future
+
+    def drain(self) -> None:
+        """Take everything that has arrived, now."""
+        self._socket.drain()
+
+    def leave(self) -> None:
+        """Have the engine forget this client."""
+        self.send(messages.Disconnect())
+
+    def close(self, error: EngineDeadError | None = None) -> None:
+        """Close the socket. Calls that the engine did not answer are answered with its death."""
+        for future in self._calls.values():
+            if not future.done():
+                reason = f"engine {self.engine_id} did not answer" if error is None else str(error)
+                future.set_result(messages.EngineResult(self.engine_id, error=reason, died=True))
+        self._calls.clear()
+        self._socket.close()
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        message = messages.decode(messages.from_engine_decoder, frames[0])
+        match message:
+            case None:
+                self.num_malformed += 1
+            case messages.CallResult(call_id, value, error):
+                future = self._calls.pop(call_id, None)
+                if future is not None and not future.done():
+                    future.set_result(messages.EngineResult(self.engine_id, value, error))
+            case _:
+                self._on_message(self, message)

@@ -1,0 +1,157 @@
+"""An engine's one thread: take what the socket holds, step, send."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from asyncscale import messages
+from asyncscale.engine.core import EngineCore
+from asyncscale.engine.profiler import Profiler
+
+# Plain integers: or-ing zmq's enumerations takes longer than sending.
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+
+# Who watches is told of changes at most so often: all engines together keep it busy for one or two percent of its time.
+_WATCH_INTERVAL_S = 0.0005  # times the number of engines
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A client that said Connect. told_version: of the newest load that it was sent."""
+
+    watches_loads: bool
+    told_version: int = -1
+    next_report: float = 0.0
+
+
+class EngineServer:
+    """An `EngineCore` behind a ROUTER socket."""
+
+    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes], num_engines: int) -> None:
+        self._core = core
+        self._socket = socket
+        self._methods = {**core.methods, "profile": Profiler().profile, "process_info": self._process_info}
+        self._peers: dict[bytes, _Peer] = {}
+        self._watch_interval = _WATCH_INTERVAL_S * num_engines
+        self._told_version = core.load_version  # which every peer knows
+        self._next_report = math.inf  # when those who do not know the newest load may be told
+        self.num_malformed = 0
+
+    def run(self) -> None:
+        """Serve for ever; the lifeline ends the process."""
+        while True:
+            self._receive()
+            if len(self._peers) > 1:
+                self._report_load()  # what arrived keeps others away now, not after the step
+            if self._core.has_work:
+                for client, outputs in self._core.step().items():
+                    self._send_outputs(client, outputs)
+            self._report_load()
+
+    def _receive(self) -> None:
+        """Take all that has arrived; without work to do, sleep until something does."""
+        socket = self._socket
+        if not self._core.has_work:
+            socket.poll(self._idle_ms())
+        while int(socket.get(_EVENTS)) & _POLLIN:
+            frames = [socket.recv(_NOBLOCK)]
+            while socket.rcvmore:
+                frames.append(socket.recv(_NOBLOCK))
+            message = messages.decode(messages.to_engine_decoder, frames[1]) if len(frames) == 2 else None
+            if message is None:
+                self.num_malformed += 1
+            else:
+                self._handle(frames[0], message)
+
+    def _idle_ms(self) -> int | None:
+        """How long to sleep while nothing arrives: for ever, or until somebody is to be told the load."""
+        if self._next_report == math.inf:
+            return None
+        return max(0, math.ceil(1000 * (self._next_report - time.monotonic())))
+
+    def _handle(self, client: bytes, message: messages.ToEngine) -> None:
+        match message:
+            case messages.Add():
+                self._core.add(client, message)
+            case messages.Abort(request_ids):
+                self._core.abort(client, request_ids)
+            case messages.Call():
+                self._send(client, self._call(message))
+            case messages.Connect(version, watches_loads):
+                self._connect(client, version, watches_loads)
+            case messages.Disconnect():
+                self._forget(client)
+
+    def _connect(self, client: bytes, version: int, watches_loads: bool) -> None:
+        if version != messages.PROTOCOL_VERSION:
+            self.num_malformed += 1
+            return
+        self._peers[client] = _Peer(watches_loads)
+        self._told_version = -1
+        self._report_load()
+
+    def _call(self, call: messages.Call) -> messages.CallResult:
+        method = self._methods.get(call.method)
+        if method is None:
+            known = ", ".join(sorted(self._methods))
+            return messages.CallResult(call.call_id, error=f"unknown engine method {call.method!r}; known are {known}")
+        try:
+            value = method(*[msgspec.msgpack.decode(argument) for argument in call.args])
+            return messages.CallResult(call.call_id, msgspec.Raw(messages.encoder.encode(value)))
+        except Exception as error:  # the caller's arguments, not the engine, are at fault: tell the caller
+            return messages.CallResult(call.call_id, error=f"{type(error).__name__}: {error}")
+
+    def _process_info(self) -> dict[str, int]:
+        """Of this process; num_malformed: messages that were dropped because they made no sense."""
+        return {"pid": os.getpid(), "num_malformed": self.num_malformed}
+
+    # --- what clients are told
+
+    def _send_outputs(self, client: bytes, outputs: messages.Outputs) -> None:
+        peer = self._peers.get(client)
+        if peer is not None:
+            peer.told_version = outputs.load.version
+            if peer.watches_loads:
+                outputs = msgspec.structs.replace(outputs, by_client=self._core.by_client())
+        self._send(client, outputs)
+
+    def _report_load(self) -> None:
+        """Tell each client that does not know the newest load and has not been told one just now."""
+        version = self._core.load_version
+        if version == self._told_version:
+            return
+        now = time.monotonic()
+        self._next_report = math.inf
+        for client, peer in list(self._peers.items()):
+            if peer.told_version == version:
+                continue
+            if now < peer.next_report:
+                self._next_report = min(self._next_report, peer.next_report)
+                continue
+            peer.told_version = version
+            peer.next_report = now + (self._watch_interval if peer.watches_loads else messages.LOAD_INTERVAL_S)
+            by_client = self._core.by_client() if peer.watches_loads else None
+            self._send(client, messages.LoadReport(self._core.load(client), by_client))
+        if self._next_report == math.inf:
+            self._told_version = version
+
+    def _send(self, client: bytes, message: messages.FromEngine) -> None:
+        payload = messages.encoder.encode(message)
+        try:
+            self._socket.send(client, _NOBLOCK_SNDMORE)
+            self._socket.send(payload, _NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._forget(client)
+
+    def _forget(self, client: bytes) -> None:
+        self._peers.pop(client, None)
+        self._core.drop_client(client)
