@@ -275,11 +275,8 @@ class Dispatcher:
             choice = find(wire_id)
             if choice is None:
                 continue  # it ended here before its engine knew
-            request = choice.request
-            if request.first_token_at is None:
-                request.first_token_at = now
-                self._router.computed(engine_id, request.prefix_hashes)
-                request.prefix_hashes = ()
+            if not choice.token_ids:
+                self._on_first_token(engine_id, choice.request, now)
             if choice.push(token_id, now):
                 to_check.append(choice)
         for finished in outputs.finished:
@@ -288,6 +285,12 @@ class Dispatcher:
             if choice.check_stop_strings():
                 self._choices.pop(choice.wire_id, None)
                 self._abort_on_engine(choice.request, [choice.wire_id])
+
+    def _on_first_token(self, engine_id: int, request: RequestStream, now: float) -> None:
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self._router.computed(engine_id, request.prefix_hashes)
+            request.prefix_hashes = ()
 
     def _on_logprobs(self, outputs: messages.Outputs) -> None:
         for index, logprobs in outputs.logprobs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator
+from typing import Self
 
 import msgspec
 
@@ -80,7 +81,10 @@ class Generation:
             self._abort(self._stream, RequestAbortedError(f"request {self.request_id!r} was aborted"))
 
     def __aiter__(self) -> AsyncIterator[Token]:
-        return _TokenIterator(self, self._stream)
+        stream = self._stream
+        if stream.arrivals is None:
+            return _ChoiceReader(self, stream.choices[0])
+        return _InterleavedReader(self, stream, stream.arrivals)
 
     def __await__(self) -> Generator[object, None, Completion]:
         stream = self._stream
@@ -102,56 +106,77 @@ class Generation:
         _abort_unread(self._loop, self._stream, self._abort)
 
 
-class _TokenIterator:
+class _Reader:
     """One pass over the tokens. When it goes away before the end, its loop was left early."""
 
-    __slots__ = ("_arrivals", "_choice", "_cursors", "_generation", "_next", "_stream")
+    __slots__ = ("_generation",)
 
-    def __init__(self, generation: Generation, stream: RequestStream) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._stream = stream
-        self._next = 0
-        self._choice = stream.choices[0]
-        # What grows by one with each token: of several choices the order over all, of one its own tokens.
-        self._arrivals = self._choice.token_ids if stream.arrivals is None else stream.arrivals
-        self._cursors = [0] * len(stream.choices)
 
-    def __aiter__(self) -> AsyncIterator[Token]:
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Token:
-        position = self._next
-        while position >= len(self._arrivals):
-            stream = self._stream
-            if stream.done:
-                if stream.error is not None:
-                    raise _as_raised(stream.error)
-                raise StopAsyncIteration
-            try:
-                await stream.wait_token()
-            except asyncio.CancelledError:
-                self._generation.abort()
-                raise
-        self._next = position + 1
-        if self._stream.arrivals is not None:
-            return self._token_of_several(position)
-        choice = self._choice
-        finish_reason = choice.finish_reason
-        if finish_reason is not None and self._next < len(self._arrivals):
-            finish_reason = None
-        return Token(choice, position, self._arrivals[position], finish_reason)
-
-    def _token_of_several(self, position: int) -> Token:
-        number = self._arrivals[position]
-        choice = self._stream.choices[number]
-        index = self._cursors[number]
-        self._cursors[number] = index + 1
-        is_last = index == len(choice.token_ids) - 1
-        return Token(choice, index, choice.token_ids[index], choice.finish_reason if is_last else None)
+    async def _wait(self, source: ChoiceStream | RequestStream) -> None:
+        """Return when there may be more; raise when there is not."""
+        if source.done:
+            error = self._generation._stream.error
+            raise StopAsyncIteration if error is None else _as_raised(error)
+        try:
+            await source.wait_token()
+        except asyncio.CancelledError:
+            self._generation.abort()
+            raise
 
     def __del__(self) -> None:
         generation = self._generation
-        _abort_unread(generation._loop, self._stream, generation._abort)
+        _abort_unread(generation._loop, generation._stream, generation._abort)
+
+
+class _ChoiceReader(_Reader):
+    """The tokens of a request's only choice."""
+
+    __slots__ = ("_choice", "_next")
+
+    def __init__(self, generation: Generation, choice: ChoiceStream) -> None:
+        super().__init__(generation)
+        self._choice = choice
+        self._next = 0
+
+    async def __anext__(self) -> Token:
+        choice, index = self._choice, self._next
+        while index >= len(choice.token_ids):
+            await self._wait(choice)
+        self._next = index + 1
+        return _token(choice, index)
+
+
+class _InterleavedReader(_Reader):
+    """The tokens of several choices, in the order in which they came."""
+
+    __slots__ = ("_arrivals", "_cursors", "_next", "_stream")
+
+    def __init__(self, generation: Generation, stream: RequestStream, arrivals: list[int]) -> None:
+        super().__init__(generation)
+        self._stream = stream
+        self._arrivals = arrivals
+        self._next = 0
+        self._cursors = [0] * len(stream.choices)
+
+    async def __anext__(self) -> Token:
+        while self._next >= len(self._arrivals):
+            await self._wait(self._stream)
+        number = self._arrivals[self._next]
+        index = self._cursors[number]
+        self._next += 1
+        self._cursors[number] += 1
+        return _token(self._stream.choices[number], index)
+
+
+def _token(choice: ChoiceStream, index: int) -> Token:
+    token_ids = choice.token_ids
+    is_last = index == len(token_ids) - 1
+    return Token(choice, index, token_ids[index], choice.finish_reason if is_last else None)
 
 
 def _abort_unread(

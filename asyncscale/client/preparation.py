@@ -126,18 +126,21 @@ class Preparation:
 
 
 def _as_token_ids(prompt: object) -> npt.NDArray[np.integer]:
-    wrong = InvalidRequestError(f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}")
     if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray | memoryview):
-        raise wrong
+        raise _no_prompt(prompt)
     if len(prompt) == 0:
         return np.zeros(0, np.int64)
     try:
         token_ids = np.asarray(prompt)
     except (ValueError, OverflowError):
-        raise wrong from None
+        raise _no_prompt(prompt) from None
     if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
-        raise wrong
+        raise _no_prompt(prompt)
     return token_ids
+
+
+def _no_prompt(prompt: object) -> InvalidRequestError:
+    return InvalidRequestError(f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}")
 
 
 def _describe(value: object) -> str:

@@ -24,30 +24,37 @@ class ChoiceStream:
     """The tokens of one choice (of n) of a request, known to its engine as `wire_id`.
 
     Text is decoded when it is read, token by token in order; only stop strings need it as tokens arrive.
+    With ten thousand streams each object that a token touches is a cache miss: so a token needs nothing but this one.
     """
 
     __slots__ = (
+        "_arrivals",
         "_detokenizer",
         "_pieces",
         "_stop",
         "finish_reason",
         "index",
+        "last_token_at",
         "logprobs",
         "request",
         "stop_token_id",
         "token_ids",
+        "waiter",
         "wire_id",
     )
 
-    def __init__(self, request: RequestStream, index: int, wire_id: int) -> None:
+    def __init__(self, request: RequestStream, index: int, wire_id: int, arrivals: list[int] | None) -> None:
         params = request.params
         self.request = request
         self.index = index
         self.wire_id = wire_id
         self.token_ids: list[int] = []
+        self.last_token_at: float | None = None
+        self.waiter: asyncio.Future[None] | None = None  # of who waits for the next token
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
+        self._arrivals = arrivals
         self._pieces: list[str] = []
         self._detokenizer: Detokenizer | None = None
         stop = params.stop_strings
@@ -61,16 +68,30 @@ class ChoiceStream:
         if self.finish_reason is not None:
             return False
         self.token_ids.append(token_id)
-        request = self.request
-        request.last_token_at = now
-        if request.arrivals is not None:
-            request.arrivals.append(self.index)
-        waiter = request.token_waiter
+        self.last_token_at = now
+        if self._arrivals is not None:
+            self._arrivals.append(self.index)
+        waiter = self.waiter
         if waiter is not None:
-            request.token_waiter = None
+            self.waiter = None
             if not waiter.done():
                 waiter.set_result(None)
         return self._stop is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether no more tokens come."""
+        return self.finish_reason is not None
+
+    def wait_token(self) -> asyncio.Future[None]:
+        """A future that is done when a token or the end comes, or for no reason. The caller has seen all before it."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        first = self.waiter
+        if first is None or first.done():
+            self.waiter = future
+        else:  # a second reader follows the first, also when that one is cancelled
+            first.add_done_callback(lambda _: _resolve(future))
+        return future
 
     def check_stop_strings(self) -> bool:
         """Look for stop strings in what was pushed. Whether one ended the choice, so that its engine must be told."""
@@ -95,7 +116,7 @@ class ChoiceStream:
             self.request.choice_finished()
 
     def _drop_after(self, index: int) -> None:
-        arrivals = self.request.arrivals
+        arrivals = self._arrivals
         for _ in range(len(self.token_ids) - index - 1):
             self.token_ids.pop()
             if arrivals is not None:
@@ -166,7 +187,6 @@ class RequestStream:
         "error",
         "expected_output_tokens",
         "first_token_at",
-        "last_token_at",
         "num_cached_tokens",
         "num_moves",
         "num_preemptions",
@@ -183,7 +203,6 @@ class RequestStream:
         "scores",
         "session",
         "timer",
-        "token_waiter",
     )
 
     def __init__(
@@ -213,7 +232,6 @@ class RequestStream:
         self.pinned_engine = pinned_engine
         self.arrival = arrival
         self.first_token_at: float | None = None
-        self.last_token_at: float | None = None
         self.queued_s = 0.0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
@@ -228,10 +246,9 @@ class RequestStream:
         # With one choice, tokens arrive in its own order; with more, this is the order over all: the choice of each
         # arrival.
         self.arrivals: list[int] | None = [] if params.n > 1 else None
-        self.choices = [ChoiceStream(self, index, wire_id + index) for index in range(params.n)]
+        self.choices = [ChoiceStream(self, index, wire_id + index, self.arrivals) for index in range(params.n)]
         self._on_end = on_end
         self._num_open = params.n
-        self.token_waiter: asyncio.Future[None] | None = None
         self._end_waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -301,20 +318,18 @@ class RequestStream:
         if self.timer is not None:
             self.timer.cancel()
         self._on_end(self)
-        if self.token_waiter is not None:
-            _resolve(self.token_waiter)
+        for choice in self.choices:
+            if choice.waiter is not None:
+                _resolve(choice.waiter)
         for waiter in self._end_waiters:
             _resolve(waiter)
         self._end_waiters.clear()
 
     def wait_token(self) -> asyncio.Future[None]:
-        """A future that is done when a token or the end comes, or for no reason. The caller has seen all before it."""
+        """Like that of a choice, for a token of any of them."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        first = self.token_waiter
-        if first is None or first.done():
-            self.token_waiter = future
-        else:  # a second reader follows the first, also when that one is cancelled
-            first.add_done_callback(lambda _: _resolve(future))
+        for choice in self.open_choices:
+            choice.wait_token().add_done_callback(lambda _: _resolve(future))
         return future
 
     def wait_end(self) -> asyncio.Future[None]:
@@ -339,7 +354,7 @@ class RequestStream:
             arrival=self.arrival,
             queued_s=self.queued_s,
             first_token=self.first_token_at,
-            last_token=self.last_token_at,
+            last_token=max((c.last_token_at for c in self.choices if c.last_token_at is not None), default=None),
             engine=self.engine_id,
             scores=self.scores,
             num_output_tokens=self.num_tokens,

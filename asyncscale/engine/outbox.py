@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from asyncscale.engine.batch import StepResult
+from asyncscale.engine.batch import Int32, StepResult
 from asyncscale.engine.request import Request
 from asyncscale.messages import Finished, Load, Outputs, TokenLogprobs
 
@@ -67,18 +67,24 @@ class Outbox:
 
     def put_tokens(self, result: StepResult) -> None:
         """Each of result.rows' new token, with its log-probabilities where there are any."""
+        if len(self._clients) == 1:
+            draft = self._draft(next(iter(self._clients.values())))
+            self._fill(draft, result, result.rows, result.token_ids)
+            return
         order = self._client_numbers[result.rows].argsort(kind="stable")
-        rows = result.rows[order]
+        rows, token_ids = result.rows[order], result.token_ids[order]
         numbers = self._client_numbers[rows]
-        request_ids, token_ids = self._request_ids[rows].tolist(), result.token_ids[order].tolist()
         starts = (np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist()
         for start, end in pairwise([0, *starts, len(rows)] if len(rows) else []):
             draft = self._draft(self._clients[int(numbers[start])])
-            draft.request_ids = request_ids[start:end]
-            draft.token_ids = token_ids[start:end]
-            if result.logprobs:
-                logprobs = enumerate(map(result.logprobs.get, rows[start:end].tolist()))
-                draft.logprobs = [(index, entry) for index, entry in logprobs if entry is not None]
+            self._fill(draft, result, rows[start:end], token_ids[start:end])
+
+    def _fill(self, draft: _Draft, result: StepResult, rows: Int32, token_ids: Int32) -> None:
+        draft.request_ids = self._request_ids[rows].tolist()
+        draft.token_ids = token_ids.tolist()
+        if result.logprobs:
+            logprobs = enumerate(map(result.logprobs.get, rows.tolist()))
+            draft.logprobs = [(index, entry) for index, entry in logprobs if entry is not None]
 
     def put_prompt_logprobs(self, request: Request, entries: list[TokenLogprobs]) -> None:
         """The next prompt positions of a running request, less those that its client has from before a preemption."""

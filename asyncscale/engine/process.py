@@ -6,6 +6,7 @@ loads, and in the middle of a step. It sleeps in `recv` and never competes for t
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,8 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
         text = traceback.format_exc()
         tell(messages.Failed(text, str(error) if isinstance(error, ModelLoadError) else None))
         sys.exit(1)
+    gc.collect()
+    gc.freeze()  # what was made so far stays for good: no later collection needs to look at it
     tell(messages.Ready(facts))
     server.run()
 

@@ -105,9 +105,7 @@ class Scheduler:
         """Record what was computed and sampled. Returns the requests whose prefill is now complete."""
         table = self.table
         table.num_computed_tokens[batch.rows] += batch.num_new_tokens
-        if self._config.enable_prefix_caching:
-            self._cache_full_blocks(batch.rows)
-        complete = self._start_decoding() if self._prefilling else []
+        complete = self._advance_prefills() if self._prefilling else []
         positions = table.num_tokens[result.rows]
         table.token_ids[result.rows, positions] = result.token_ids
         table.num_tokens[result.rows] = positions + 1
@@ -149,12 +147,14 @@ class Scheduler:
 
     def _rows_without_block(self) -> Int32:
         table = self.table
-        rows = np.flatnonzero(self._decoding).astype(np.int32)
-        full: Int32 = rows[table.num_computed_tokens[rows] == table.num_blocks[rows] * table.block_size]
-        return full
+        full = self._decoding & (table.num_computed_tokens == table.num_blocks * table.block_size)
+        rows: Int32 = full.nonzero()[0].astype(np.int32)
+        return rows
 
     def _admit(self, now: float) -> None:
         """Give rows and blocks to waiting requests, best first, while the budget that running ones leave lasts."""
+        if not self._waiting:
+            return
         budget = self._config.max_num_batched_tokens - int(np.count_nonzero(self._decoding))
         budget -= int(self._num_remaining([request.row for request in self._prefilling]).sum())
         # Where no row is empty, a preemption would free the tokens of the row that it empties.
@@ -184,13 +184,14 @@ class Scheduler:
 
     def _make_batch(self) -> Batch | None:
         """Decoding rows first, then as much of the prefilling ones, best first, as the budget allows."""
-        decoding = np.flatnonzero(self._decoding).astype(np.int32)
+        decoding = self._decoding.nonzero()[0].astype(np.int32)
         if not self._prefilling:
             return Batch(self.table, decoding, self._ones[: decoding.size]) if decoding.size else None
         self._prefilling.sort(key=lambda request: request.rank)
         rows = np.array([request.row for request in self._prefilling], np.int32)
         end = np.minimum(self._num_remaining(rows).cumsum(), self._config.max_num_batched_tokens - decoding.size)
-        chunks = np.diff(end, prepend=0).astype(np.int32)
+        chunks = end.astype(np.int32)
+        chunks[1:] -= chunks[:-1].copy()
         return Batch(
             self.table,
             np.concatenate((decoding, rows[chunks > 0])),
@@ -199,17 +200,20 @@ class Scheduler:
 
     # --- after the step
 
-    def _cache_full_blocks(self, rows: Int32) -> None:
-        num_full = self.table.num_computed_tokens[rows] // self.table.block_size
-        more = np.flatnonzero(num_full > self._num_cached_blocks[rows])
-        for row, end in zip(rows[more].tolist(), num_full[more].tolist(), strict=True):
-            request = self.request_at(row)
-            start = int(self._num_cached_blocks[row])
-            self._extend_digests(request, self.table.token_ids[row], end)
-            blocks = self.table.block_table[row, start:end].tolist()
-            for block, digest in zip(blocks, request.block_digests[start:end], strict=True):
-                self.pool.cache(block, digest)
-            self._num_cached_blocks[row] = end
+    def _cache_full_blocks(self, request: Request) -> None:
+        """Let others find what is computed of this request: its prompt as it is computed, its answer when it ends."""
+        if not self._config.enable_prefix_caching:
+            return
+        row = request.row
+        start = int(self._num_cached_blocks[row])
+        end = int(self.table.num_computed_tokens[row]) // self.table.block_size
+        if start == end:
+            return
+        self._extend_digests(request, self.table.token_ids[row], end)
+        blocks = self.table.block_table[row, start:end].tolist()
+        for block, digest in zip(blocks, request.block_digests[start:end], strict=True):
+            self.pool.cache(block, digest)
+        self._num_cached_blocks[row] = end
 
     def _extend_digests(self, request: Request, token_ids: Int32, num_blocks: int) -> None:
         digests, size = request.block_digests, self.table.block_size
@@ -217,7 +221,10 @@ class Scheduler:
             parent = digests[-1] if digests else None
             digests.append(block_digest(parent, token_ids[index * size : (index + 1) * size].tobytes()))
 
-    def _start_decoding(self) -> list[Request]:
+    def _advance_prefills(self) -> list[Request]:
+        """Those whose prompt is complete decode from now on."""
+        for request in self._prefilling:
+            self._cache_full_blocks(request)
         complete = [request for request in self._prefilling if self._num_remaining(request.row) == 0]
         for request in complete:
             self._decoding[request.row] = True
@@ -268,6 +275,7 @@ class Scheduler:
 
     def _vacate(self, request: Request) -> None:
         row = request.row
+        self._cache_full_blocks(request)
         for listener in self.listeners:
             listener.remove(row)
         self.pool.free(reversed(self._blocks(row)))

@@ -47,7 +47,9 @@ class StopConditions:
     def find(self, rows: Int32, token_ids: Int32) -> list[Stop]:
         """Of `rows`, whose newest tokens (already in the table) are `token_ids`, those that end."""
         full = self._table.num_tokens[rows] >= self._limit[rows]
-        suspects = np.flatnonzero((self._num_stopping[token_ids] > 0) | full)
+        suspects = ((self._num_stopping[token_ids] > 0) | full).nonzero()[0]
+        if not suspects.size:
+            return []
         stops = (
             self._decide(row, token_id, is_full)
             for row, token_id, is_full in zip(
