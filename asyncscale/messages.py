@@ -203,7 +203,14 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     model_error: str | None = None
 
 
-FromStart = Loading | Ready | Failed
+class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
+    """Something to tell the user, once, however many engines say it. level: of the logging module."""
+
+    level: int
+    text: str
+
+
+FromStart = Loading | Ready | Failed | Logged
 
 
 # --- between an attached client and the coordinator

@@ -26,7 +26,7 @@ from asyncscale.client.progress import StartProgress
 from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.stream import RequestStream
 from asyncscale.client.supervisor import Launch
-from asyncscale.config import ModelSource, SimulatedModel
+from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.errors import (
     AsyncScaleError,
     ClientClosedError,
@@ -153,6 +153,7 @@ class AsyncScaleClient:
         return self
 
     async def _start_owned(self) -> None:
+        started = time.monotonic()
         with StartProgress(self._num_engines, self._progress) as progress:
             source: ModelSource
             if isinstance(self._model, SimulatedModel):
@@ -168,11 +169,24 @@ class AsyncScaleClient:
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             self._connect(codec.result())
+        facts = self._preparation.facts
+        logger.info(
+            "%d engines ready in %.1f s: %s, %s, context %d tokens, KV cache %d blocks of %d tokens each; attach at %s",
+            self._num_engines,
+            time.monotonic() - started,
+            source.name if isinstance(source, CheckpointFiles) else "simulated model",
+            facts.dtype,
+            facts.max_model_len,
+            facts.num_blocks,
+            facts.block_size,
+            self._engines.address,
+        )
 
     async def _start_attached(self, address: str) -> None:
         self._use(AttachedEngines(self._context, self._identity, address, self._dispatcher))
         await self._engines.start()
         self._connect(await asyncio.to_thread(load_codec, self._engines.model))
+        logger.debug("attached to %d engines at %s", len(self._engines.members), address)
 
     def _use(self, engines: Engines) -> None:
         self._engines = engines
@@ -190,8 +204,9 @@ class AsyncScaleClient:
     async def close(self, drain: bool = True, timeout: float | None = 60.0) -> None:
         """End the client and, if it owns them, its engines.
 
-        drain: let requests finish first (at most `timeout` seconds), while new ones are refused; otherwise, and after
-        the timeout, they end with ClientClosedError. Idempotent, and safe to call several times at once.
+        drain: let requests finish first (at most `timeout` seconds), while new ones are refused; those of attached
+        clients, too, if it owns the engines. Otherwise, and after the timeout, they end with ClientClosedError.
+        Idempotent, and safe to call several times at once.
         """
         if self._state is _State.NEW:
             self._state = _State.CLOSED
@@ -212,11 +227,21 @@ class AsyncScaleClient:
         try:
             if drain:
                 async with asyncio.timeout(timeout):
-                    await self._dispatcher.wait_idle()
+                    await self._drain()
         except TimeoutError:
-            logger.warning("closing: %d requests did not finish within %g s", self._dispatcher.num_live, timeout)
+            num_live = max(self._dispatcher.num_live, sum(load.in_flight for load in self._dispatcher.loads()))
+            logger.warning("closing: %d requests did not finish within %g s", num_live, timeout)
         finally:
             await self._shut_down()
+
+    async def _drain(self) -> None:
+        """Wait for this client's requests and, if its engines end with it, for those of all others."""
+        await self._dispatcher.wait_idle()
+        if self._attach_to is not None:
+            return
+        await self._dispatcher.call("drain", [])
+        while any(load.running or load.waiting for load in self._dispatcher.loads()):
+            await self._dispatcher.wait_load_change()
 
     async def _shut_down(self) -> None:
         self._state = _State.CLOSING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import weakref
@@ -17,6 +18,8 @@ from asyncscale.client.spawn import start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
 from asyncscale.engine.process import run_engine
 from asyncscale.errors import EngineDeadError, EngineStartError, ModelLoadError
+
+logger = logging.getLogger(__name__)
 
 # An engine whose lifeline closed ends at once; this long until it is killed all the same.
 _EXIT_GRACE_S = 2.0
@@ -91,6 +94,7 @@ class Supervisor:
         self._on_death = on_death
         self.folder = transport.make_runtime_folder()
         self.engines: dict[int, EngineProcess] = {}
+        self._logged: set[str] = set()
         self._loop = asyncio.get_running_loop()
         _supervisors.add(self)
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
@@ -147,6 +151,10 @@ class Supervisor:
             case messages.Ready(facts):
                 engine.facts = facts
                 _resolve(ready, None)
+            case messages.Logged(level, text):
+                if text not in self._logged:  # by another engine
+                    self._logged.add(text)
+                    logger.log(level, "%s", text)
             case messages.Failed() as failure:
                 engine.failure = failure  # raised when it has exited, with its exit code
         return True

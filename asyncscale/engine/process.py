@@ -7,6 +7,7 @@ loads, and in the middle of a step. It sleeps in `recv` and never competes for t
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -35,6 +36,8 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     def tell(message: messages.FromStart) -> None:
         lifeline.send_bytes(messages.encoder.encode(message))
 
+    log_handler = _LogToOwner(tell)
+    logging.getLogger("asyncscale").addHandler(log_handler)
     try:
         started = time.monotonic()
         runner = _make_runner(spec, lambda phase, fraction: tell(messages.Loading(phase, fraction)))
@@ -56,8 +59,20 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
         sys.exit(1)
     gc.collect()
     gc.freeze()  # what was made so far stays for good: no later collection needs to look at it
+    logging.getLogger("asyncscale").removeHandler(log_handler)  # nobody reads the lifeline any more
     tell(messages.Ready(facts))
     server.run()
+
+
+class _LogToOwner(logging.Handler):
+    """Passes on what is said while the model loads: an engine has no terminal of its own."""
+
+    def __init__(self, tell: Callable[[messages.FromStart], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(messages.Logged(record.levelno, self.format(record)))
 
 
 def _ignore_group_signals() -> None:

@@ -17,7 +17,7 @@ class Request:
     token_ids: int32, prompt and then tokens generated before it was (re)queued; while it runs, its row of the
     SequenceTable is the truth. row: -1 while it waits.
     weight: see `Add`. order: counts arrivals at this engine. block_digests: of its full KV-cache blocks, from the first
-    on, as far as they were needed yet. num_prompt_logprobs: how many prompt positions' log-probabilities its client has.
+    on, as far as they were needed yet. num_prompt_logprobs: how many prompt positions' logprobs its client has.
     """
 
     client: bytes
