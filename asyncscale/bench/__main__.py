@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from asyncscale import AsyncScaleError
-from asyncscale.bench import serve
+from asyncscale.bench import routing, serve
 
-_COMMANDS = {"serve": serve}
+_COMMANDS = {"serve": serve, "routing": routing}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

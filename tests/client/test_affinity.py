@@ -68,6 +68,7 @@ def test_each_engine_counts_the_leading_chunks_that_it_computed() -> None:
     table.computed(2, (9,))
     assert table.cached_tokens((1, 2, 4)) == {0: 2 * CHUNK_TOKENS, 1: CHUNK_TOKENS}
     assert table.cached_tokens((2, 3)) == {0: 2 * CHUNK_TOKENS}
+    assert table.cached_tokens((9, 2, 3)) == {2: CHUNK_TOKENS}
     assert table.cached_tokens(()) == {}
 
 
@@ -81,6 +82,10 @@ def test_the_chunks_used_last_are_kept_and_beginnings_outlive_what_follows_them(
     assert table.num_chunks(0) == 4
     assert table.cached_tokens((1, 2, 3)) == {0: 2 * CHUNK_TOKENS}
     assert table.cached_tokens((1, 20)) == {0: 2 * CHUNK_TOKENS}
+    table.computed(0, (1, 20))
+    table.computed(0, (8,))
+    assert table.cached_tokens((1, 20)) == {0: 2 * CHUNK_TOKENS}
+    assert table.cached_tokens((1, 2)) == {0: CHUNK_TOKENS}
     table.computed(1, (7,))
     assert table.num_chunks(0) == 4  # each engine has a cache of its own
 

@@ -107,6 +107,14 @@ def test_a_report_that_arrives_out_of_order_is_ignored() -> None:
     assert router.loads(3.0)[0].age_s == 2.0
 
 
+def test_a_report_of_the_same_version_says_what_else_has_changed_and_that_the_counts_still_hold() -> None:
+    router = make_router(1)
+    router.report(0, report(version=7, running=9, used_blocks=10), now=1.0)
+    router.report(0, report(version=7, running=9, used_blocks=20), now=2.0)
+    load = router.loads(3.0)[0]
+    assert (load.kv_usage, load.age_s) == (0.2, 1.0)
+
+
 def test_versions_order_the_reports_of_one_engine_and_not_those_of_different_engines() -> None:
     router = make_router(2)
     router.report(0, report(version=1_000, running=1), now=0.0)
