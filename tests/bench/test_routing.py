@@ -46,8 +46,8 @@ def test_one_engine_alone_has_nowhere_to_misplace_a_request() -> None:
 async def test_affinity_raises_the_hit_rate_of_real_prefix_caches() -> None:
     plan = Conversations(count=12, num_turns=4, num_system_prompts=3, num_engines=3)
     without, prompts, sessions = await measure_affinity(plan, seed=0)
-    assert without.hit_rate < prompts.hit_rate < 1
-    assert without.hit_rate < sessions.hit_rate < 1
+    assert without.hit_rate + 0.1 < prompts.hit_rate < 1
+    assert without.hit_rate + 0.1 < sessions.hit_rate < 1
     assert max(prompts.balance, sessions.balance) < 2
 
 
