@@ -8,6 +8,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from asyncscale.client.policies import Policy, RoutingRequest, least_loaded, round_robin
 from asyncscale.client.router import Router
@@ -215,12 +216,12 @@ class _Simulation:
         )
 
     def send(self, engine_id: int, request: _Request) -> None:
-        self.clock.call_later(_HOP_S, lambda: self.engines[engine_id].receive(request))
+        self.clock.call_later(_HOP_S, partial(self.engines[engine_id].receive, request))
 
     def tell(self, client: _Client, engine_id: int, load: Load, finished: list[_Request]) -> None:
         delay = _HOP_S if finished else self._delays.uniform(*_COUNTS_S)
         self._latencies += [self.clock.now + delay - request.arrived_at for request in finished]
-        self.clock.call_later(delay, lambda: client.hear(engine_id, load, finished))
+        self.clock.call_later(delay, partial(client.hear, engine_id, load, finished))
 
     def _schedule_arrivals(self, rng: random.Random) -> None:
         """A Poisson process of bursts, each at a client drawn by its rate."""
@@ -233,7 +234,7 @@ class _Simulation:
                 at += rng.expovariate(bursts_per_s)
                 client = rng.choices(self.clients, scenario.rates)[0]
             request = _Request(client, at, 1 + int(rng.expovariate(1 / _MEAN_OUTPUT_TOKENS)))
-            self.clock.call_later(at, lambda request=request: request.client.submit(request))  # type: ignore[misc]
+            self.clock.call_later(at, partial(client.submit, request))
 
     def _account(self, seconds: float) -> None:
         """Who waited where since the last event. Slots that wait for the next step to begin are not free."""

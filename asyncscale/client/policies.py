@@ -9,8 +9,6 @@ import msgspec
 # A request stays where its past is cached while that engine is no more than so many requests busier than the best: for
 # least-tokens, so many requests like this one.
 AFFINITY_SLACK = 4
-# Engines tell every change, so old counts may well be right. But whoever would tell may be gone.
-STALE_AFTER_S = 5.0
 # Less than one request: it decides between equals, and a burst stays spread to within one.
 _KV_WEIGHT = 0.5
 
@@ -48,12 +46,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def full(self) -> bool:
-        """Whether one more request would have to wait there.
-
-        An engine that is full of others' requests by stale counts, and has none of this client's, is not full: one
-        request is worth finding out, because nothing else may ever bring this client newer counts.
-        """
-        return self.in_flight >= self.capacity and (self.mine > 0 or self.age_s <= STALE_AFTER_S)
+        """Whether one more request would have to wait there."""
+        return self.mine + self.others >= self.capacity
 
     @property
     def score(self) -> float:

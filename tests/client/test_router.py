@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncscale.client.policies import STALE_AFTER_S, EngineLoad, RoutingRequest, least_tokens, round_robin
+from asyncscale.client.policies import EngineLoad, RoutingRequest, least_tokens, round_robin
 from asyncscale.client.router import Router
 from asyncscale.messages import Load
 
@@ -213,23 +213,14 @@ def test_an_overload_mark_clears_with_the_next_report() -> None:
     assert picked(router, now=0.1) == 0
 
 
-def test_an_overload_mark_without_any_further_report_costs_one_request_to_find_out() -> None:
+@pytest.mark.parametrize("age_s", [1.0, 1e6])
+def test_a_stale_snapshot_is_used_as_it_is_because_engines_tell_every_change(age_s: float) -> None:
     router = make_router(2, capacity=4)
-    for engine_id in range(2):
-        router.report(engine_id, report(1, running=4), now=0.0)
-    assert picked(router, now=STALE_AFTER_S) is None
-    late = STALE_AFTER_S + 0.1
-    assert {send(router, now=late), send(router, now=late)} == {0, 1}
-    assert picked(router, now=late) is None  # one each: its tokens bring newer counts
-    router.report(0, report(9, running=1, mine=1), now=late)
-    assert picked(router, now=late) == 0
-
-
-def test_a_full_engine_of_my_own_requests_stays_full_however_old_its_counts() -> None:
-    router = make_router(1, capacity=2)
-    router.report(0, report(1), now=0.0)
-    router.sent(0, 2)
-    assert picked(router, now=1000 * STALE_AFTER_S) is None
+    router.report(0, report(1, running=4), now=0.0)
+    router.report(1, report(1, running=3), now=0.0)
+    assert send(router, now=age_s) == 1
+    assert picked(router, now=age_s) is None
+    assert [load.age_s for load in router.loads(age_s)] == [age_s, age_s]
 
 
 # --- engines come, go, pause and drain
@@ -274,7 +265,7 @@ def test_an_engine_that_comes_back_starts_with_no_counts_of_its_former_life() ->
 
 
 def pause(router: Router, engine_id: int, paused: bool, version: int) -> None:
-    router.report(engine_id, report(version, paused=paused), now=0.0)
+    router.report(engine_id, report(version, accepting=not paused), now=0.0)
 
 
 def drain(router: Router, engine_id: int, draining: bool, version: int) -> None:
@@ -296,15 +287,15 @@ def test_an_engine_that_pauses_or_drains_gets_nothing_and_comes_back(stop) -> No
 
 def test_a_late_report_does_not_pause_an_engine_again() -> None:
     router = make_router(1)
-    router.report(0, report(version=6, paused=False), now=0.0)
-    router.report(0, report(version=5, paused=True), now=0.0)
+    router.report(0, report(version=6), now=0.0)
+    router.report(0, report(version=5, accepting=False), now=0.0)
     assert picked(router) == 0
 
 
 def test_a_draining_engine_stays_so_whatever_it_reports() -> None:
     router = make_router(1)
     router.set_draining(0, True)
-    router.report(0, report(paused=False), now=0.0)
+    router.report(0, report(accepting=True), now=0.0)
     assert picked(router) is None
 
 

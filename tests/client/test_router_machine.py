@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from asyncscale.client.affinity import CHUNK_TOKENS
-from asyncscale.client.policies import STALE_AFTER_S, Policy, RoutingRequest, least_loaded, least_tokens
+from asyncscale.client.policies import Policy, RoutingRequest, least_loaded, least_tokens
 from asyncscale.client.router import Router
 from asyncscale.messages import Load
 
@@ -30,7 +30,6 @@ class Engine:
     version: int = 0
     reports: list[Load] = field(default_factory=list)  # sent, not arrived
     known: Load | None = None
-    known_at: float = 0.0
 
     def emit(self) -> None:
         self.version += 1
@@ -39,7 +38,7 @@ class Engine:
         waiting = len(arrived) + len(self.others) - running
         tokens = sum(arrived) + sum(self.others)
         self.reports.append(
-            Load(self.version, running, waiting, len(arrived), tokens, sum(arrived), 7, 100, self.paused)
+            Load(self.version, running, waiting, len(arrived), tokens, sum(arrived), 7, 100, not self.paused)
         )
 
 
@@ -50,7 +49,6 @@ class RouterMachine(RuleBasedStateMachine):
         self.engines: dict[int, Engine] = {}
         self.cached: dict[int, int] = {}  # engine -> chunks of the one prompt that everybody sends
         self.homes: dict[str, int] = {}
-        self.now = 0.0
 
     def engine(self, engine_id: int) -> Engine:
         return self.engines.get(engine_id, Engine())
@@ -96,17 +94,13 @@ class RouterMachine(RuleBasedStateMachine):
         if engine.reports:
             load = engine.reports.pop(data.draw(st.integers(0, len(engine.reports) - 1)))
             if engine.known is None or load.version >= engine.known.version:
-                engine.known, engine.known_at = load, self.now
-            self.router.report(engine_id, load, self.now)
+                engine.known = load
+            self.router.report(engine_id, load, 0.0)
 
     @rule(engine_id=ENGINES, draining=st.booleans())
     def drain_or_not(self, engine_id: int, draining: bool) -> None:
         self.engine(engine_id).draining = draining
         self.router.set_draining(engine_id, draining)
-
-    @rule()
-    def nobody_says_anything_for_long(self) -> None:
-        self.now += 1.5 * STALE_AFTER_S
 
     # --- what this client does
 
@@ -119,7 +113,7 @@ class RouterMachine(RuleBasedStateMachine):
         home = self.router.home(session)
         assert home == (None if session is None else self.homes.get(session))
         request = RoutingRequest(tokens, 0, session, home, cached)
-        decision = self.router.pick(request, self.now)
+        decision = self.router.pick(request, 0.0)
         eligible = [i for i, engine in sorted(self.engines.items()) if self.may_take_one(engine)]
         assert (decision is None) == (not eligible)
         if decision is None:
@@ -135,9 +129,8 @@ class RouterMachine(RuleBasedStateMachine):
     def may_take_one(self, engine: Engine) -> bool:
         known = engine.known
         others = 0 if known is None else known.running + known.waiting - known.mine
-        paused = known is not None and known.paused
-        may_be_wrong = not engine.mine and self.now - engine.known_at > STALE_AFTER_S
-        return not engine.draining and not paused and (len(engine.mine) + others < CAPACITY or may_be_wrong)
+        paused = known is not None and not known.accepting
+        return not engine.draining and not paused and len(engine.mine) + others < CAPACITY
 
     def check_choice(self, chosen: int, scores: dict[int, float], eligible: list[int], request: RoutingRequest) -> None:
         best = min(scores[engine_id] for engine_id in eligible)
@@ -170,14 +163,14 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_table_says_what_is_known(self) -> None:
-        loads = {load.engine_id: load for load in self.router.loads(self.now)}
+        loads = {load.engine_id: load for load in self.router.loads(0.0)}
         assert list(loads) == sorted(self.engines)
         for engine_id, engine in self.engines.items():
             load, known = loads[engine_id], engine.known or Load(0, 0, 0, 0, 0, 0, 0, 0)
             assert (load.mine, load.my_tokens) == (len(engine.mine), sum(engine.mine))
             assert load.others == known.running + known.waiting - known.mine >= 0
             assert load.other_tokens == known.tokens - known.my_tokens >= 0
-            assert load.accepting == (not engine.draining and not known.paused)
+            assert load.accepting == (not engine.draining and known.accepting)
 
 
 class TokenRouterMachine(RouterMachine):
