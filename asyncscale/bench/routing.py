@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from asyncscale.bench.conversations import AffinityFigures, Conversations, measure_affinity
 from asyncscale.bench.routing_simulation import SCENARIOS, STRATEGIES, Outcome, simulate
 
-_NAME_WIDTH, _COLUMN_WIDTH = 30, 14
+_NAME_WIDTH, _COLUMN_WIDTH = 30, 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
