@@ -9,21 +9,23 @@ from multiprocessing.process import BaseProcess
 
 # Between a process's last sign of life and the moment when it can be collected.
 _COLLECT_S = 2.0
+_LOOK_INTERVAL_S = 0.05
 
 
 async def wait_exit(process: BaseProcess, timeout: float) -> bool:
     """Wait at most `timeout` seconds for its end. Whether it has ended."""
     loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
     exited = asyncio.Event()
     loop.add_reader(process.sentinel, exited.set)
     try:
-        async with asyncio.timeout(timeout):
-            await exited.wait()
-    except TimeoutError:
-        return False
+        # What was forked from the process holds its sentinel open, so look at the process itself as well.
+        while not exited.is_set() and process.exitcode is None and loop.time() < deadline:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(exited.wait(), _LOOK_INTERVAL_S)
     finally:
         loop.remove_reader(process.sentinel)
-    return True
+    return exited.is_set() or process.exitcode is not None
 
 
 def collect_exit_code(process: BaseProcess) -> int | None:

@@ -69,16 +69,27 @@ def run_frontend(job: FrontendJob, lifeline: Connection) -> None:
 
 
 def _ignore_group_signals() -> None:
-    """By handlers that do nothing, which processes that `main` starts do not inherit, unlike SIG_IGN."""
+    """By handlers that do nothing: unlike SIG_IGN, no process that `main` starts inherits them, and forks drop them."""
     for number in GROUP_SIGNALS:
         signal.signal(number, lambda *_: None)
-    os.register_at_fork(after_in_child=_restore_group_signals)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)  # blocked while the interpreter started
+    os.register_at_fork(
+        before=_block_group_signals, after_in_parent=_unblock_group_signals, after_in_child=_restore_group_signals
+    )
+    _unblock_group_signals()  # blocked while the interpreter started
+
+
+def _block_group_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+
+
+def _unblock_group_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def _restore_group_signals() -> None:
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    _unblock_group_signals()
 
 
 async def _serve(job: FrontendJob, function: bytes, channel: socket.socket) -> messages.FromFrontend:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 
@@ -47,7 +47,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             kind = type(value)
             is_reduced_as_ever = not isinstance(kind.__reduce__, FunctionType)
             if is_reduced_as_ever and isinstance(kind.__init__, FunctionType):
-                return _rebuild, (kind, *value.args), vars(value)
+                _, args, *state = cast("tuple[Any, ...]", value.__reduce__())
+                return _rebuild, (kind, *args), *state
         return super().reducer_override(value)
 
 
@@ -88,5 +89,4 @@ def _is_importable(module: ModuleType) -> bool:
         if spec is None:
             return False
         path, origin = spec.submodule_search_locations, spec.origin
-    file = getattr(module, "__file__", None)
-    return file is None or file == origin
+    return module.__spec__ is not None and module.__spec__.origin == origin
