@@ -161,7 +161,7 @@ async def test_async_generators_and_tasks_that_main_leaves_behind_are_ended(
 
 async def test_processes_that_main_starts_can_be_terminated(client: AsyncScaleClient) -> None:
     async def main(client: AsyncScaleClient, index: int) -> list[int]:
-        child = await asyncio.create_subprocess_exec("sleep", "60")
+        child = await asyncio.to_thread(subprocess.Popen, ["sleep", "60"])
         child.terminate()
         fork = os.fork()
         if fork == 0:
@@ -169,7 +169,7 @@ async def test_processes_that_main_starts_can_be_terminated(client: AsyncScaleCl
             os._exit(0)
         os.kill(fork, signal.SIGTERM)
         _, status = await asyncio.to_thread(os.waitpid, fork, 0)
-        return [await child.wait(), os.waitstatus_to_exitcode(status)]
+        return [await asyncio.to_thread(child.wait), os.waitstatus_to_exitcode(status)]
 
     assert await run_frontends(main, 1, client.address) == [[-signal.SIGTERM, -signal.SIGTERM]]
 
@@ -259,9 +259,11 @@ async def test_a_process_that_ends_without_a_result_is_told_with_its_exit_code(c
         assert (caught.value.index, caught.value.exit_code) == (1, code)
 
 
-async def test_a_killed_front_end_is_noticed_though_a_fork_of_it_lives_on(
-    client: AsyncScaleClient, folder: Path
+async def test_a_killed_front_end_is_noticed_at_once_though_a_fork_of_it_lives_on(
+    client: AsyncScaleClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(frontends, "STOP_GRACE_S", 1000.0)
+
     async def main(client: AsyncScaleClient, index: int) -> None:
         fork = os.fork()
         if fork == 0:
@@ -373,19 +375,23 @@ async def test_who_does_not_stop_is_killed_and_a_failure_is_told_though_its_thre
     client: AsyncScaleClient, folder: Path
 ) -> None:
     async def main(client: AsyncScaleClient, index: int) -> None:
-        if index == 0:
+        if index != 2:
             stream = aiter(client.generate("x", **LONG))
             await anext(stream)
-            (folder / "blocked").write_text(str(os.getpid()))
-            time.sleep(1000)  # noqa: ASYNC251
-        while not (folder / "blocked").exists():  # noqa: ASYNC110
+            (folder / str(os.getpid())).touch()
+            if index == 0:
+                time.sleep(1000)  # noqa: ASYNC251
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while len(names(folder)) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        threads = asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)
-        raise KeywordError(threads.done(), why="blocked")
+        asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)
+        raise KeywordError(1, why="blocked")
 
     with pytest.raises(KeywordError, match="blocked"):
-        await run_frontends(main, 2, client.address)
-    assert not psutil.pid_exists(int((folder / "blocked").read_text()))
+        await run_frontends(main, 3, client.address)
+    pids = names(folder)
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(int(pid)) for pid in pids)
     await assert_idle(client)
 
 
