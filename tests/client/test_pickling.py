@@ -108,6 +108,23 @@ def test_a_function_of_a_module_that_others_cannot_import_takes_along_what_it_ne
     assert done.stdout == b"5\n"
 
 
+def test_a_class_that_went_away_and_returns_is_the_same_and_unchanged(load_module: Callable[..., Any]) -> None:
+    source = "NUMBER = 5\nclass Kind:\n    'text'\n    count = None\n    def number(self): return NUMBER\n"
+    module = load_module("only_here", source + "def make(): return Kind()\n")
+    number = module.Kind.number
+    away = (
+        "import sys; from asyncscale.client import pickling; value = pickling.loads(sys.stdin.buffer.read())();"
+        "assert type(value).__doc__ == 'text' and value.number() == 5; type(value).count = 1;"
+        "sys.stdout.buffer.write(pickling.dumps(value))"
+    )
+    data = pickling.dumps_function(module.make)
+    done = subprocess.run([sys.executable, "-c", away], input=data, capture_output=True, check=True)
+    back = pickling.loads(done.stdout)
+    assert type(back) is module.Kind
+    assert module.Kind.number is number
+    assert module.Kind.count is None
+
+
 def test_a_function_that_others_can_import_is_sent_by_its_name() -> None:
     data = pickling.dumps_function(os.path.join)
     assert len(data) < 100
