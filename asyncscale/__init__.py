@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from asyncscale.client.completion import Completion as Completion
     from asyncscale.client.completion import Logprob as Logprob
     from asyncscale.client.completion import Timing as Timing
+    from asyncscale.client.frontends import run_frontends as run_frontends
     from asyncscale.client.generation import Generation as Generation
     from asyncscale.client.generation import Token as Token
     from asyncscale.client.policies import EngineLoad as EngineLoad
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from asyncscale.errors import EngineDeadError as EngineDeadError
     from asyncscale.errors import EngineError as EngineError
     from asyncscale.errors import EngineStartError as EngineStartError
+    from asyncscale.errors import FrontendError as FrontendError
     from asyncscale.errors import InvalidRequestError as InvalidRequestError
     from asyncscale.errors import ModelLoadError as ModelLoadError
     from asyncscale.errors import OverloadedError as OverloadedError
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "asyncscale.client.client": ("AsyncScaleClient",),
     "asyncscale.client.completion": ("ChoiceCompletion", "Completion", "Logprob", "Timing"),
+    "asyncscale.client.frontends": ("run_frontends",),
     "asyncscale.client.generation": ("Generation", "Token"),
     "asyncscale.client.policies": ("EngineLoad", "RoutingRequest"),
     "asyncscale.config": ("SimulatedModel",),
@@ -52,6 +55,7 @@ _HOMES = {
         "EngineDeadError",
         "EngineError",
         "EngineStartError",
+        "FrontendError",
         "InvalidRequestError",
         "ModelLoadError",
         "OverloadedError",

@@ -8,9 +8,10 @@ AsyncScaleError
 ├── RequestAbortedError                   the request was aborted before it finished
 ├── ClientStateError (RuntimeError)       used before start, or from another event loop
 │   └── ClientClosedError                 you closed the client
-└── EngineError                           an engine failed
-    ├── EngineStartError                  it never became ready
-    └── EngineDeadError                   it was ready, and died
+├── EngineError                           an engine failed
+│   ├── EngineStartError                  it never became ready
+│   └── EngineDeadError                   it was ready, and died
+└── FrontendError                         a front end ended without a result or an exception to raise
 """
 
 from __future__ import annotations
@@ -74,3 +75,15 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """An engine that had been ready died."""
+
+
+class FrontendError(AsyncScaleError):
+    """A front end of `run_frontends` ended without a result, or with one, or an exception, that cannot be pickled.
+
+    index: which front end. exit_code: of its process, negative for a signal, None while it runs.
+    """
+
+    def __init__(self, message: str, *, index: int, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+        self.exit_code = exit_code

@@ -213,6 +213,29 @@ class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
 FromStart = Loading | Ready | Failed | Logged
 
 
+# --- front end to the process that started it
+
+
+class Returned(msgspec.Struct, frozen=True, array_like=True, tag="returned"):
+    """`main` returned. result: pickled."""
+
+    result: bytes
+
+
+class Raised(msgspec.Struct, frozen=True, array_like=True, tag="raised"):
+    """`main` raised, or what it returned cannot be pickled.
+
+    error: pickled; None when it cannot be. summary: one line that says what happened.
+    """
+
+    error: bytes | None
+    summary: str
+    traceback: str
+
+
+FromFrontend = Returned | Raised
+
+
 # --- between an attached client and the coordinator
 
 
@@ -318,5 +341,6 @@ encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 from_start_decoder: msgspec.msgpack.Decoder[FromStart] = msgspec.msgpack.Decoder(FromStart)
+from_frontend_decoder: msgspec.msgpack.Decoder[FromFrontend] = msgspec.msgpack.Decoder(FromFrontend)
 to_coordinator_decoder: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 from_coordinator_decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)

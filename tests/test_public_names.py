@@ -17,6 +17,7 @@ PUBLIC_NAMES = [
     "EngineError",
     "EngineLoad",
     "EngineStartError",
+    "FrontendError",
     "Generation",
     "InvalidRequestError",
     "Logprob",
@@ -29,6 +30,7 @@ PUBLIC_NAMES = [
     "SimulatedModel",
     "Timing",
     "Token",
+    "run_frontends",
 ]
 
 
@@ -41,6 +43,8 @@ def test_every_public_name_has_a_docstring_of_its_own() -> None:
     for name in PUBLIC_NAMES:
         value = getattr(asyncscale, name)
         assert value.__doc__, name
+        if not inspect.isclass(value):
+            continue
         assert value.__doc__ != value.__mro__[1].__doc__, name
         for member, function in inspect.getmembers(value, inspect.isfunction):
             if not member.startswith("_") and function.__module__.startswith("asyncscale."):

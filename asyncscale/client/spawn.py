@@ -1,12 +1,12 @@
-"""Starts engine processes by multiprocessing, less what it does for ordinary children and would harm an engine.
+"""Starts engines and front ends by multiprocessing, less what it does for ordinary children and would harm them.
 
 - The spawn method imports the parent's main module in the child, so that a script without the usual guard starts itself
   over; and it takes the child to the parent's folder, which may be gone, or hold modules named like those of the
-  standard library. An engine needs neither.
-- A daemonic process, such as a worker of a Pool, may not have children, lest they outlive it. An engine does not:
-  its lifeline ends it.
-- At the exit of a process, and of each of its forks, its children are joined or terminated. The lifeline ends an
-  engine too, and tells a fork from the owner.
+  standard library. Our children need neither.
+- A daemonic process, such as a worker of a Pool, may not have children, lest they outlive it. Ours do not:
+  the lifeline ends them.
+- At the exit of a process, and of each of its forks, its children are joined or terminated. The lifeline ends ours
+  too, and tells a fork from the owner.
 """
 
 from __future__ import annotations
@@ -15,19 +15,40 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import process, resource_tracker, spawn
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol
 
-# What a terminal or a service manager sends to the whole group. The owner decides what it means; its engines ignore
-# it from their first instruction on (`run_engine` lifts the block), and end when the owner does.
+# What a terminal or a service manager sends to the whole group. The owner decides what it means; its children ignore
+# it from their first instruction on (their entry points lift the block), and end when the owner does.
 GROUP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 _starting = threading.Lock()
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_not_for_forks: weakref.WeakSet[_Closable] = weakref.WeakSet()
+
+
+def close_in_forks(lifeline: _Closable) -> None:
+    """A fork of this process must not hold this end of a lifeline open: it tells of the end of this process alone."""
+    _not_for_forks.add(lifeline)
+
+
+def _close_lifelines() -> None:
+    for lifeline in list(_not_for_forks):
+        lifeline.close()
+
+
+os.register_at_fork(after_in_child=_close_lifelines)
 
 
 def start_process(
@@ -42,9 +63,10 @@ def start_process(
         resource_tracker.ensure_running()  # else it starts with the first child, and lifts the block of signals
         ours, theirs = SpawnContext().Pipe(duplex=True)
         child = SpawnProcess(target=target, args=(argument, theirs), name=f"asyncscale-{name}")
-        with _engines_preparation(child.name), _children_allowed(), _group_signals_blocked():
+        with _preparation(child.name), _children_allowed(), _group_signals_blocked():
             child.start()
         theirs.close()  # else the child's end would stay open here, and its death would not close it
+    close_in_forks(ours)
     process._children.discard(child)  # type: ignore[attr-defined]
     return child, ours
 
@@ -73,8 +95,8 @@ def _group_signals_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def _engines_preparation(child_name: str) -> Iterator[None]:
-    """Send the child what an engine needs; other threads may start processes of their own meanwhile, as ever."""
+def _preparation(child_name: str) -> Iterator[None]:
+    """Send the child what it needs; other threads may start processes of their own meanwhile, as ever."""
     prepare, command_line = spawn.get_preparation_data, spawn.get_command_line
 
     def without_main_and_folder(name: str) -> dict[str, Any]:

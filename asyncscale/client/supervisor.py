@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from asyncscale import messages, transport
+from asyncscale.client import child_process
+from asyncscale.client.child_process import describe_exit
 from asyncscale.client.spawn import start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
 from asyncscale.engine.process import run_engine
@@ -58,19 +58,10 @@ class EngineProcess:
     def pid(self) -> int | None:
         return self.process.pid
 
-    def collect_exit_code(self) -> int | None:
-        """Of a process that its sentinel has shown to be ending: it becomes collectable within moments."""
-        self.process.join(_EXIT_GRACE_S)
-        return self.process.exitcode
-
     def release(self) -> None:
         """Kill the process if it still runs, collect it, and close its descriptors."""
         self.lifeline.close()
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join(_EXIT_GRACE_S)
-        with contextlib.suppress(ValueError):  # where somebody else collects children, its end is never known here
-            self.process.close()
+        child_process.release(self.process)
 
     def stderr_tail(self) -> str:
         """The end of what the process wrote to stderr."""
@@ -96,7 +87,6 @@ class Supervisor:
         self.engines: dict[int, EngineProcess] = {}
         self._logged: set[str] = set()
         self._loop = asyncio.get_running_loop()
-        _supervisors.add(self)
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
 
     async def start(self) -> None:
@@ -167,7 +157,7 @@ class Supervisor:
         if engine.facts is not None and self.engines.get(engine.engine_id) is engine:
             del self.engines[engine.engine_id]
             transport.unlink_address(engine.spec.address)
-            code = engine.collect_exit_code()
+            code = child_process.collect_exit_code(engine.process)
             error = EngineDeadError(
                 f"engine {engine.engine_id} died ({describe_exit(code)})",
                 engine_id=engine.engine_id,
@@ -190,53 +180,19 @@ class Supervisor:
             self._unwatch(engine)
             engine.lifeline.close()
         try:
-            await asyncio.gather(*(self._wait_exit(engine) for engine in engines))
+            await asyncio.gather(*(child_process.wait_exit(engine.process, _EXIT_GRACE_S) for engine in engines))
         finally:
             self._finalizer.detach()
             for engine in engines:
                 engine.release()
             transport.remove_runtime_folder(self.folder)
 
-    async def _wait_exit(self, engine: EngineProcess) -> None:
-        exited = asyncio.Event()
-        self._loop.add_reader(engine.process.sentinel, exited.set)
-        try:
-            async with asyncio.timeout(_EXIT_GRACE_S):
-                await exited.wait()
-        except TimeoutError:
-            pass  # it is killed when it is released
-        finally:
-            self._loop.remove_reader(engine.process.sentinel)
-
-
-# Of this process, alive. A fork of it must not hold their lifelines open: they are the owner's alone.
-_supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()
-
-
-def _leave_engines_to_the_owner() -> None:
-    for supervisor in list(_supervisors):
-        for engine in supervisor.engines.values():
-            engine.lifeline.close()
-
-
-os.register_at_fork(after_in_child=_leave_engines_to_the_owner)
-
-
-def describe_exit(code: int | None) -> str:
-    """How a process ended, for people: "exit code 1", "killed by SIGKILL"."""
-    if code is None:
-        return "exit code unknown"
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"
-
 
 def _start_error(engine: EngineProcess) -> Exception:
     failure = engine.failure
     if failure is not None and failure.model_error is not None:
         return ModelLoadError(failure.model_error)
-    code = engine.collect_exit_code()
+    code = child_process.collect_exit_code(engine.process)
     text = f"engine {engine.engine_id} did not start ({describe_exit(code)})"
     if failure is not None:
         text += f"\n--- traceback in the engine process ---\n{failure.traceback.strip()}"

@@ -1,0 +1,53 @@
+"""The end of a child process: wait for it, learn how it came about, bring it about."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from multiprocessing.process import BaseProcess
+
+# Between a process's last sign of life and the moment when it can be collected.
+_COLLECT_S = 2.0
+_LOOK_INTERVAL_S = 0.05
+
+
+async def wait_exit(process: BaseProcess, timeout: float) -> bool:
+    """Wait at most `timeout` seconds for its end. Whether it has ended."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    exited = asyncio.Event()
+    loop.add_reader(process.sentinel, exited.set)
+    try:
+        # What was forked from the process holds its sentinel open, so look at the process itself as well.
+        while not exited.is_set() and process.exitcode is None and loop.time() < deadline:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(exited.wait(), _LOOK_INTERVAL_S)
+    finally:
+        loop.remove_reader(process.sentinel)
+    return exited.is_set() or process.exitcode is not None
+
+
+def collect_exit_code(process: BaseProcess) -> int | None:
+    """Of a process that its sentinel has shown to be ending: it becomes collectable within moments."""
+    process.join(_COLLECT_S)
+    return process.exitcode
+
+
+def release(process: BaseProcess) -> None:
+    """Kill the process if it still runs, collect it, and close its descriptors."""
+    if process.is_alive():
+        process.kill()
+    process.join(_COLLECT_S)
+    with contextlib.suppress(ValueError):  # where somebody else collects children, its end is never known here
+        process.close()
+
+
+def describe_exit(code: int | None) -> str:
+    """How a process ended, for people: "exit code 1", "killed by SIGKILL"."""
+    if code is None:
+        return "exit code unknown"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
