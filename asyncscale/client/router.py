@@ -26,11 +26,10 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class _Engine:
-    __slots__ = ("capacity", "draining", "load", "mine", "my_tokens", "reported_at")
+    __slots__ = ("capacity", "load", "mine", "my_tokens", "reported_at")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.draining = False
         self.mine = 0
         self.my_tokens = 0
         self.load: Load | None = None
@@ -79,11 +78,6 @@ class Router:
         if self._engines.pop(engine_id, None) is not None:
             self._sessions.forget(engine_id)
             self._prefixes.forget(engine_id)
-
-    def set_draining(self, engine_id: int, draining: bool) -> None:
-        """An engine finishes what it has and gets nothing new, or takes requests again."""
-        if engine_id in self._engines:
-            self._engines[engine_id].draining = draining
 
     def report(self, engine_id: int, load: Load, now: float) -> None:
         """An engine's own counts arrived, by whatever way. Those that are older than the newest are ignored."""
@@ -167,7 +161,6 @@ def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
             others=0,
             capacity=engine.capacity,
             my_tokens=engine.my_tokens,
-            accepting=not engine.draining,
         )
     return EngineLoad(
         engine_id=engine_id,
@@ -179,6 +172,6 @@ def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
         kv_usage=load.used_blocks / load.num_blocks if load.num_blocks else 0.0,
         my_tokens=engine.my_tokens,
         other_tokens=max(0, load.tokens - load.my_tokens),
-        accepting=load.accepting and not engine.draining,
+        accepting=load.accepting,
         age_s=now - engine.reported_at,
     )

@@ -11,6 +11,7 @@ from asyncscale.client import affinity
 from asyncscale.client.affinity import CHUNK_TOKENS, PrefixTable, SessionTable, prefix_hashes
 from asyncscale.client.policies import AFFINITY_SLACK, RoutingRequest, least_tokens
 from asyncscale.client.router import Router
+from asyncscale.messages import Load
 
 PROMPT = np.arange(3 * CHUNK_TOKENS + 5, dtype=np.int32)
 
@@ -169,7 +170,7 @@ def test_neither_a_session_nor_a_prompt_goes_to_an_engine_that_takes_nothing(clo
     if closed == "full":
         router.sent(home, 1)
     elif closed == "draining":
-        router.set_draining(home, True)
+        router.report(home, Load(1, 1, 0, 1, 0, 0, 0, 100, accepting=False), now=0.0)
     else:
         router.leave(home)
     assert send(router, session="a") == 1 - home

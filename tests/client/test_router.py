@@ -237,7 +237,7 @@ def test_engines_that_join_and_leave_between_two_picks_are_never_an_error() -> N
     router.sent(0, 1, 10)
     router.ended(0, 1, 10)
     router.computed(0, (1, 2))
-    router.set_draining(0, True)
+    router.report(0, report(accepting=False), now=0.0)
     router.join(0, 10)
     load = router.loads(0.0)[0]
     assert (load.mine, load.others, load.my_tokens, load.accepting) == (0, 0, 0, True)
@@ -264,24 +264,15 @@ def test_an_engine_that_comes_back_starts_with_no_counts_of_its_former_life() ->
     assert in_flight(router) == [2]
 
 
-def pause(router: Router, engine_id: int, paused: bool, version: int) -> None:
-    router.report(engine_id, report(version, accepting=not paused), now=0.0)
-
-
-def drain(router: Router, engine_id: int, draining: bool, version: int) -> None:
-    router.set_draining(engine_id, draining)
-
-
-@pytest.mark.parametrize("stop", [pause, drain])
-def test_an_engine_that_pauses_or_drains_gets_nothing_and_comes_back(stop) -> None:
+def test_an_engine_that_pauses_or_drains_gets_nothing_and_comes_back() -> None:
     router = make_router(2, capacity=100)
     router.sent(1, 10)
-    stop(router, 0, True, 1)
+    router.report(0, report(1, accepting=False), now=0.0)
     assert [load.accepting for load in router.loads(0.0)] == [False, True]
     assert [send(router) for _ in range(3)] == [1, 1, 1]
-    stop(router, 1, True, 1)
+    router.report(1, report(1, accepting=False), now=0.0)
     assert picked(router) is None  # held while none takes requests
-    stop(router, 0, False, 2)
+    router.report(0, report(2, accepting=True), now=0.0)
     assert [send(router) for _ in range(3)] == [0, 0, 0]
 
 
@@ -290,13 +281,6 @@ def test_a_late_report_does_not_pause_an_engine_again() -> None:
     router.report(0, report(version=6), now=0.0)
     router.report(0, report(version=5, accepting=False), now=0.0)
     assert picked(router) == 0
-
-
-def test_a_draining_engine_stays_so_whatever_it_reports() -> None:
-    router = make_router(1)
-    router.set_draining(0, True)
-    router.report(0, report(accepting=True), now=0.0)
-    assert picked(router) is None
 
 
 @pytest.mark.parametrize("end", [lambda router: router.ended(0, 5, 50), lambda router: router.ended(0, 1, 99)])
@@ -316,7 +300,7 @@ def test_a_decision_shows_the_score_of_every_engine_that_was_there() -> None:
     router = make_router(3, capacity=10)
     router.sent(0, 2)
     router.report(1, report(running=10, waiting=2, used_blocks=50), now=0.0)  # full
-    router.set_draining(2, True)
+    router.report(2, report(accepting=False), now=0.0)
     decision = router.pick(ANY, now=0.0)
     assert decision is not None
     assert decision.engine_id == 0
@@ -344,7 +328,7 @@ def test_a_policy_of_the_users_own_sees_what_has_room_and_is_obeyed() -> None:
     router = make_router(4, capacity=5, policy=busiest)
     router.sent(0, 5)
     router.sent(1, 3)
-    router.set_draining(2, True)
+    router.report(2, report(accepting=False), now=0.0)
     request = RoutingRequest(10, 20, session="a", home=3, cached_tokens={3: 64})
     decision = router.pick(request, now=0.0)
     assert decision is not None

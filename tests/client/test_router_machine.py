@@ -25,7 +25,6 @@ class Engine:
     mine: list[int] = field(default_factory=list)
     num_arrived: int = 0  # of mine
     others: list[int] = field(default_factory=list)
-    draining: bool = False
     paused: bool = False
     version: int = 0
     reports: list[Load] = field(default_factory=list)  # sent, not arrived
@@ -97,11 +96,6 @@ class RouterMachine(RuleBasedStateMachine):
                 engine.known = load
             self.router.report(engine_id, load, 0.0)
 
-    @rule(engine_id=ENGINES, draining=st.booleans())
-    def drain_or_not(self, engine_id: int, draining: bool) -> None:
-        self.engine(engine_id).draining = draining
-        self.router.set_draining(engine_id, draining)
-
     # --- what this client does
 
     @rule(tokens=TOKENS, num_chunks=st.integers(0, 3), session=st.none() | st.sampled_from("ab"))
@@ -130,7 +124,7 @@ class RouterMachine(RuleBasedStateMachine):
         known = engine.known
         others = 0 if known is None else known.running + known.waiting - known.mine
         paused = known is not None and not known.accepting
-        return not engine.draining and not paused and len(engine.mine) + others < CAPACITY
+        return not paused and len(engine.mine) + others < CAPACITY
 
     def check_choice(self, chosen: int, scores: dict[int, float], eligible: list[int], request: RoutingRequest) -> None:
         best = min(scores[engine_id] for engine_id in eligible)
@@ -170,7 +164,7 @@ class RouterMachine(RuleBasedStateMachine):
             assert (load.mine, load.my_tokens) == (len(engine.mine), sum(engine.mine))
             assert load.others == known.running + known.waiting - known.mine >= 0
             assert load.other_tokens == known.tokens - known.my_tokens >= 0
-            assert load.accepting == (not engine.draining and known.accepting)
+            assert load.accepting == known.accepting
 
 
 class TokenRouterMachine(RouterMachine):

@@ -51,8 +51,11 @@ async def test_a_drain_does_not_wait_for_other_clients_for_ever() -> None:
 
 async def test_start_up_lines_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asyncscale")
-    async with AsyncScaleClient(FAST, num_engines=3) as owner:
-        async with AsyncScaleClient.attach(owner.address), AsyncScaleClient.attach(owner.address):
-            pass
+    async with (
+        AsyncScaleClient(FAST, num_engines=3) as owner,
+        AsyncScaleClient.attach(owner.address),
+        AsyncScaleClient.attach(owner.address),
+    ):
+        pass
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("3 engines ready in ")
