@@ -14,6 +14,10 @@ import tempfile
 
 import zmq
 
+# Plain integers: or-ing zmq's enumerations takes longer than sending.
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+
 # The longest path that fits sockaddr_un with room for the socket's own name.
 _MAX_FOLDER = 80
 
@@ -76,6 +80,31 @@ def connect_dealer(
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.connect(address)
     return socket
+
+
+def send(socket: zmq.Socket[bytes], *frames: bytes) -> None:
+    """Queue a message without waiting. Raises zmq.ZMQError: EAGAIN when that would wait, EHOSTUNREACH for no peer."""
+    for frame in frames[:-1]:
+        socket.send(frame, _NOBLOCK_SNDMORE)
+    socket.send(frames[-1], _NOBLOCK)
+
+
+def receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
+    """The frames of the next message that has arrived; None when there is none."""
+    try:
+        frame = socket.recv(_NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    frames = [frame.bytes]
+    while frame.more:
+        frame = socket.recv(_NOBLOCK, copy=False)
+        frames.append(frame.bytes)
+    return frames
+
+
+def may_receive(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message has arrived."""
+    return bool(int(socket.get(_EVENTS)) & _POLLIN)
 
 
 def _common(socket: zmq.Socket[bytes]) -> None:

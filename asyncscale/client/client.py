@@ -330,18 +330,20 @@ class AsyncScaleClient:
         if options.request_id is not None and dispatcher.is_live(options.request_id):
             raise InvalidRequestError(f"request_id {options.request_id!r} is in use by a request that has not ended")
         prompt_token_ids = self._preparation.encode_prompt(make_prompt())
+        sampling = self._preparation.resolve(params, len(prompt_token_ids))
         wire_id = dispatcher.allocate_wire_ids(params.n)
         stream = RequestStream(
             request_id=f"request-{wire_id}" if options.request_id is None else options.request_id,
             wire_id=wire_id,
             prompt_token_ids=prompt_token_ids,
             params=params,
-            sampling=self._preparation.resolve(params, len(prompt_token_ids)),
+            sampling=sampling,
             codec=self._preparation.codec,
             priority=options.priority,
             session=options.session,
             pinned_engine=options.engine,
             arrival=time.monotonic(),
+            expected_output_tokens=dispatcher.expected_output_tokens(sampling.max_tokens),
             on_end=dispatcher.request_ended,
         )
         dispatcher.submit(stream)

@@ -23,6 +23,10 @@ from asyncscale.errors import EngineDeadError, EngineError, RequestAbortedError
 
 logger = logging.getLogger(__name__)
 
+# The running mean of how many tokens requests make: where it begins, and how much the newest request counts.
+_FIRST_MEAN_OUTPUT_TOKENS = 256.0
+_MEAN_OUTPUT_WEIGHT = 0.05
+
 LoadWatcher = Callable[[int, messages.LoadReport], None]
 
 
@@ -45,6 +49,7 @@ class Dispatcher:
         self._held: list[tuple[int, int, RequestStream]] = []  # heap of (priority, order, request)
         self._dispatching: asyncio.Handle | None = None
         self._next_wire_id = 0
+        self._mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._load_waiters: set[asyncio.Future[None]] = set()
         self.last_death: EngineDeadError | None = None
 
@@ -160,6 +165,10 @@ class Dispatcher:
         self._next_wire_id += count
         return first
 
+    def expected_output_tokens(self, max_tokens: int) -> int:
+        """How many tokens a request will make, as far as those before it tell: most end long before max_tokens."""
+        return min(max_tokens, round(self._mean_output_tokens))
+
     def submit(self, request: RequestStream) -> None:
         """Send the request now, or hold it until an engine has a free slot.
 
@@ -190,6 +199,9 @@ class Dispatcher:
 
     def request_ended(self, request: RequestStream) -> None:
         """Forget a request that has all its tokens or failed. Called by its stream."""
+        if request.error is None:
+            num_tokens = request.num_tokens / len(request.choices)
+            self._mean_output_tokens += _MEAN_OUTPUT_WEIGHT * (num_tokens - self._mean_output_tokens)
         self._requests.pop(request.request_id, None)
         for choice in request.choices:
             self._choices.pop(choice.wire_id, None)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import zmq
 
+from asyncscale import transport
+
 # So many messages are taken in one go before other callbacks of the loop get their turn.
 _BURST = 256
 _LINGER_MS = 100
@@ -33,8 +35,8 @@ class LoopSocket:
 
     def send(self, *frames: bytes) -> None:
         """Queue a message. Raises zmq.ZMQError (EHOSTUNREACH) when a ROUTER's peer is gone."""
-        self._socket.send_multipart(frames, zmq.NOBLOCK)
-        if self._wakeup is None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        transport.send(self._socket, *frames)
+        if self._wakeup is None and transport.may_receive(self._socket):
             self._read_soon()
 
     def drain(self) -> None:
@@ -64,9 +66,8 @@ class LoopSocket:
     def _take_burst(self) -> bool:
         """Whether more may be waiting."""
         for _ in range(_BURST):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = transport.receive(self._socket)
+            if frames is None:
                 return False
             try:
                 self._on_frames(frames)

@@ -16,9 +16,6 @@ from asyncscale.params import Sampling, SamplingParams
 from asyncscale.tokenization.codec import Detokenizer, TextCodec
 from asyncscale.tokenization.stop import StopStrings
 
-# Of a request that may make more: most end long before the context does.
-_EXPECTED_OUTPUT_TOKENS = 256
-
 
 class ChoiceStream:
     """The tokens of one choice (of n) of a request, known to its engine as `wire_id`.
@@ -218,6 +215,7 @@ class RequestStream:
         session: str | None,
         pinned_engine: int | None,
         arrival: float,
+        expected_output_tokens: int,
         on_end: Callable[[RequestStream], None],
     ) -> None:
         self.request_id = request_id
@@ -228,7 +226,7 @@ class RequestStream:
         self.priority = priority
         self.session = session
         self.prefix_hashes = prefix_hashes(prompt_token_ids)  # until its engine has computed the prompt
-        self.expected_output_tokens = min(sampling.max_tokens, _EXPECTED_OUTPUT_TOKENS)
+        self.expected_output_tokens = expected_output_tokens
         self.pinned_engine = pinned_engine
         self.arrival = arrival
         self.first_token_at: float | None = None

@@ -10,13 +10,9 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from asyncscale import messages
+from asyncscale import messages, transport
 from asyncscale.engine.core import EngineCore
 from asyncscale.engine.profiler import Profiler
-
-# Plain integers: or-ing zmq's enumerations takes longer than sending.
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
-_NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 # Who watches is told of changes at most so often: all engines together keep it busy for one or two percent of its time.
 _WATCH_INTERVAL_S = 0.0005  # times the number of engines
@@ -57,13 +53,9 @@ class EngineServer:
 
     def _receive(self) -> None:
         """Take all that has arrived; without work to do, sleep until something does."""
-        socket = self._socket
         if not self._core.has_work:
-            socket.poll(self._idle_ms())
-        while int(socket.get(_EVENTS)) & _POLLIN:
-            frames = [socket.recv(_NOBLOCK)]
-            while socket.rcvmore:
-                frames.append(socket.recv(_NOBLOCK))
+            self._socket.poll(self._idle_ms())
+        while (frames := transport.receive(self._socket)) is not None:
             message = messages.decode(messages.to_engine_decoder, frames[1]) if len(frames) == 2 else None
             if message is None:
                 self.num_malformed += 1
@@ -143,10 +135,8 @@ class EngineServer:
             self._told_version = version
 
     def _send(self, client: bytes, message: messages.FromEngine) -> None:
-        payload = messages.encoder.encode(message)
         try:
-            self._socket.send(client, _NOBLOCK_SNDMORE)
-            self._socket.send(payload, _NOBLOCK)
+            transport.send(self._socket, client, messages.encoder.encode(message))
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

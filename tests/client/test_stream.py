@@ -30,6 +30,7 @@ def make_stream(**params: object) -> RequestStream:
         session=None,
         pinned_engine=None,
         arrival=0.0,
+        expected_output_tokens=10,
         on_end=lambda stream: None,
     )
 
