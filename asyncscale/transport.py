@@ -91,10 +91,9 @@ def send(socket: zmq.Socket[bytes], *frames: bytes) -> None:
 
 def receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
     """The frames of the next message that has arrived; None when there is none."""
-    try:
-        frame = socket.recv(_NOBLOCK, copy=False)
-    except zmq.Again:
+    if not may_receive(socket):  # to ask is cheaper than to catch what `recv` would raise
         return None
+    frame = socket.recv(_NOBLOCK, copy=False)
     frames = [frame.bytes]
     while frame.more:
         frame = socket.recv(_NOBLOCK, copy=False)

@@ -43,13 +43,14 @@ class Batch:
     """One step's work. Row rows[i] computes num_new_tokens[i] tokens, from its num_computed_tokens on.
 
     The table is as of before the step: blocks for the new positions are allocated, num_computed_tokens is not yet
-    advanced. Rows that decode come first.
+    advanced. The first num_decodes rows decode: they compute one token, their last known one, and get the next.
     Position p of row r lives in cache block block_table[r, p // block_size], slot p % block_size.
     """
 
     table: SequenceTable
     rows: Int32
     num_new_tokens: Int32
+    num_decodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,8 +254,11 @@ def _without_errors(batch: Batch, result: StepResult) -> tuple[Batch, StepResult
     errors = list(result.errors)
     computed = np.isin(batch.rows, errors, invert=True)
     sampled = np.isin(result.rows, errors, invert=True)
+    num_decodes = int(np.count_nonzero(computed[: batch.num_decodes]))
     return (
-        replace(batch, rows=batch.rows[computed], num_new_tokens=batch.num_new_tokens[computed]),
+        replace(
+            batch, rows=batch.rows[computed], num_new_tokens=batch.num_new_tokens[computed], num_decodes=num_decodes
+        ),
         replace(
             result,
             rows=result.rows[sampled],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cProfile
-import pstats
+from types import CodeType
 
 _MAX_FUNCTIONS = 60
 
@@ -29,20 +29,23 @@ class Profiler:
             self._profile.enable()
             return None
         profile, self._profile = self._profile, None
-        if profile is not None:
-            profile.disable()
-        return _functions(pstats.Stats(profile))
+        return [] if profile is None else _slowest(profile)
 
 
-def _functions(stats: pstats.Stats) -> list[dict[str, object]]:
-    profiles = stats.get_stats_profile().func_profiles.items()
-    slowest = sorted(profiles, key=lambda item: item[1].tottime, reverse=True)[:_MAX_FUNCTIONS]
+def _slowest(profile: cProfile.Profile) -> list[dict[str, object]]:
+    profile.disable()
+    entries = sorted(profile.getstats(), key=lambda entry: entry.inlinetime, reverse=True)
     return [
         {
-            "function": name if entry.line_number == 0 else f"{entry.file_name}:{entry.line_number}({name})",
-            "calls": int(entry.ncalls.split("/")[0]),
-            "own_s": entry.tottime,
-            "cumulative_s": entry.cumtime,
+            "function": _name(entry.code),
+            "calls": entry.callcount,
+            "own_s": entry.inlinetime,
+            "cumulative_s": entry.totaltime,
         }
-        for name, entry in slowest
+        for entry in entries[:_MAX_FUNCTIONS]
     ]
+
+
+def _name(code: CodeType | str) -> str:
+    """Of a function; built-in ones are a string already."""
+    return code if isinstance(code, str) else f"{code.co_filename}:{code.co_firstlineno}({code.co_name})"

@@ -62,6 +62,7 @@ class Scheduler:
         self._requests: list[Request | None] = [None] * config.max_num_seqs
         self._empty_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._decoding = np.zeros(config.max_num_seqs, np.bool_)
+        self._rows: Int32 | None = None  # those that decode, until they change
         self._priority = np.full(config.max_num_seqs, _NO_PRIORITY, np.int64)
         self._order = np.zeros(config.max_num_seqs, np.int64)
         self._num_cached_blocks: Int32 = np.zeros(config.max_num_seqs, np.int32)
@@ -145,17 +146,21 @@ class Scheduler:
         needed = self._blocks_for(num_tokens)
         return f"{num_tokens} tokens need {needed} KV-cache blocks, and this engine has {self.pool.num_blocks} in all"
 
+    def _decoding_rows(self) -> Int32:
+        if self._rows is None:
+            self._rows = self._decoding.nonzero()[0].astype(np.int32)
+        return self._rows
+
     def _rows_without_block(self) -> Int32:
-        table = self.table
-        full = self._decoding & (table.num_computed_tokens == table.num_blocks * table.block_size)
-        rows: Int32 = full.nonzero()[0].astype(np.int32)
-        return rows
+        table, rows = self.table, self._decoding_rows()
+        full: Int32 = rows[table.num_computed_tokens[rows] == table.num_blocks[rows] * table.block_size]
+        return full
 
     def _admit(self, now: float) -> None:
         """Give rows and blocks to waiting requests, best first, while the budget that running ones leave lasts."""
         if not self._waiting:
             return
-        budget = self._config.max_num_batched_tokens - int(np.count_nonzero(self._decoding))
+        budget = self._config.max_num_batched_tokens - self._decoding_rows().size
         budget -= int(self._num_remaining([request.row for request in self._prefilling]).sum())
         # Where no row is empty, a preemption would free the tokens of the row that it empties.
         while self._waiting and budget >= (1 if self._empty_rows else 0):
@@ -184,9 +189,9 @@ class Scheduler:
 
     def _make_batch(self) -> Batch | None:
         """Decoding rows first, then as much of the prefilling ones, best first, as the budget allows."""
-        decoding = self._decoding.nonzero()[0].astype(np.int32)
+        decoding = self._decoding_rows()
         if not self._prefilling:
-            return Batch(self.table, decoding, self._ones[: decoding.size]) if decoding.size else None
+            return Batch(self.table, decoding, self._ones[: decoding.size], decoding.size) if decoding.size else None
         self._prefilling.sort(key=lambda request: request.rank)
         rows = np.array([request.row for request in self._prefilling], np.int32)
         end = np.minimum(self._num_remaining(rows).cumsum(), self._config.max_num_batched_tokens - decoding.size)
@@ -196,6 +201,7 @@ class Scheduler:
             self.table,
             np.concatenate((decoding, rows[chunks > 0])),
             np.concatenate((self._ones[: decoding.size], chunks[chunks > 0])),
+            decoding.size,
         )
 
     # --- after the step
@@ -227,7 +233,7 @@ class Scheduler:
             self._cache_full_blocks(request)
         complete = [request for request in self._prefilling if self._num_remaining(request.row) == 0]
         for request in complete:
-            self._decoding[request.row] = True
+            self._set_decoding(request.row, True)
         self._prefilling = [request for request in self._prefilling if not self._decoding[request.row]]
         return complete
 
@@ -280,13 +286,17 @@ class Scheduler:
             listener.remove(row)
         self.pool.free(reversed(self._blocks(row)))
         if self._decoding[row]:
-            self._decoding[row] = False
+            self._set_decoding(row, False)
         else:
             self._prefilling.remove(request)
         self._priority[row] = _NO_PRIORITY
         self._requests[row] = None
         self._empty_rows.append(row)
         request.row = -1
+
+    def _set_decoding(self, row: int, decoding: bool) -> None:
+        self._decoding[row] = decoding
+        self._rows = None
 
     def _preempt(self, request: Request) -> None:
         request.token_ids = self.table.token_ids[request.row, : self.table.num_tokens[request.row]].copy()

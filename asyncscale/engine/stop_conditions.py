@@ -31,23 +31,28 @@ class StopConditions:
         self._table = table
         self._requests: list[Request | None] = [None] * max_num_seqs
         self._limit: Int32 = np.zeros(max_num_seqs, np.int32)  # num_tokens at which a row is full
+        self._num_stop_tokens = 0  # of all rows together
         self._num_stopping: Int32 = np.zeros(vocab_size, np.int32)  # token id -> how many rows stop at it
 
     def add(self, row: int, request: Request) -> None:
         self._requests[row] = request
         self._limit[row] = min(request.num_prompt_tokens + request.sampling.max_tokens, self._max_model_len)
+        self._num_stop_tokens += len(request.sampling.stop_token_ids)
         for token_id in request.sampling.stop_token_ids:
             self._num_stopping[token_id] += 1
 
     def remove(self, row: int) -> None:
         request, self._requests[row] = self._requests[row], None
-        for token_id in request.sampling.stop_token_ids if request else ():
+        stop_token_ids = request.sampling.stop_token_ids if request else ()
+        self._num_stop_tokens -= len(stop_token_ids)
+        for token_id in stop_token_ids:
             self._num_stopping[token_id] -= 1
 
     def find(self, rows: Int32, token_ids: Int32) -> list[Stop]:
         """Of `rows`, whose newest tokens (already in the table) are `token_ids`, those that end."""
         full = self._table.num_tokens[rows] >= self._limit[rows]
-        suspects = ((self._num_stopping[token_ids] > 0) | full).nonzero()[0]
+        suspected = full | (self._num_stopping[token_ids] > 0) if self._num_stop_tokens else full
+        suspects = suspected.nonzero()[0]
         if not suspects.size:
             return []
         stops = (

@@ -33,8 +33,12 @@ class Bench:
         self.table.num_computed_tokens[row] = 0
 
     def execute(self, counts: dict[int, int]):
-        rows = np.array(list(counts), np.int32)
-        return self.runner.execute(Batch(self.table, rows, np.array(list(counts.values()), np.int32)))
+        """Rows that are past their prompt decode, and come first as the scheduler has them."""
+        past_prompt = self.table.num_computed_tokens >= self.table.num_prompt_tokens
+        rows = sorted(counts, key=lambda row: not past_prompt[row])
+        num_new_tokens = np.array([counts[row] for row in rows], np.int32)
+        num_decodes = sum(bool(past_prompt[row]) for row in rows)
+        return self.runner.execute(Batch(self.table, np.array(rows, np.int32), num_new_tokens, num_decodes))
 
     def decode(self, rows: list[int], count: int) -> list[list[int]]:
         """`count` tokens of each row, all rows in every step."""
