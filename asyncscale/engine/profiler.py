@@ -14,7 +14,7 @@ class Profiler:
     def __init__(self) -> None:
         self._profile: cProfile.Profile | None = None
 
-    def profile(self, is_start: bool) -> list[dict[str, object]] | None:
+    def profile(self, is_start: bool = True) -> list[dict[str, object]] | None:
         """Start with True, and get the result with False: the functions that took the most time of their own first.
 
         Each is {"function", "calls", "own_s", "cumulative_s"}, times in seconds. The profiler slows what it measures.
