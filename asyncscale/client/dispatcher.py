@@ -342,6 +342,6 @@ class Dispatcher:
             self.abort(request, error)
         for connection in self._connections.values():
             connection.leave()
-            connection.close()
+            connection.close(error)
         self._connections.clear()
         self._notify_loads()
