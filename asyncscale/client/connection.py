@@ -50,6 +50,7 @@ class EngineConnection:
         self.send(messages.Call(call_id, method, list(args)))
         future: asyncio.Future[messages.EngineResult] = self._loop.create_future()
         self._calls[call_id] = future
+        future.add_done_callback(lambda _: self._calls.pop(call_id, None))  # also when nobody waits for it any more
         return future
 
     def drain(self) -> None:
@@ -60,13 +61,15 @@ class EngineConnection:
         """Have the engine forget this client."""
         self.send(messages.Disconnect())
 
-    def close(self, error: EngineDeadError | None = None) -> None:
-        """Close the socket. Calls that the engine did not answer are answered with its death."""
+    def close(self, error: Exception) -> None:
+        """Close the socket. Calls that the engine did not answer are answered with its death, or end with `error`."""
         for future in self._calls.values():
-            if not future.done():
-                reason = f"engine {self.engine_id} did not answer" if error is None else str(error)
-                future.set_result(messages.EngineResult(self.engine_id, error=reason, died=True))
-        self._calls.clear()
+            if future.done():
+                continue
+            if isinstance(error, EngineDeadError):
+                future.set_result(messages.EngineResult(self.engine_id, error=str(error), died=True))
+            else:
+                future.set_exception(error)
         self._socket.close()
 
     def _on_frames(self, frames: list[bytes]) -> None:
@@ -75,7 +78,7 @@ class EngineConnection:
             case None:
                 self.num_malformed += 1
             case messages.CallResult(call_id, value, error):
-                future = self._calls.pop(call_id, None)
+                future = self._calls.get(call_id)
                 if future is not None and not future.done():
                     future.set_result(messages.EngineResult(self.engine_id, value, error))
             case _:

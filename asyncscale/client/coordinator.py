@@ -87,7 +87,8 @@ class Coordinator:
         self._reports[engine_id] = report
         for client in self._clients.values():
             client.unsent.add(engine_id)
-        self._publish_at(self._next_publish)
+        if self._publishing is None and self._clients:
+            self._publishing = self._loop.call_at(self._next_publish, self._publish)
 
     def close(self) -> None:
         """Tell every client that the engines end, and close the socket. Idempotent."""
@@ -101,42 +102,49 @@ class Coordinator:
 
     # --- what clients are sent
 
-    def _publish_at(self, time: float) -> None:
-        if self._publishing is None and self._clients:
-            self._publishing = self._loop.call_at(time, self._publish)
-
     def _publish(self) -> None:
-        """Send each client what it does not know yet."""
+        """Tell each client the counts that it does not know yet; those who are behind wait for their turn."""
         self._publishing = None
         start = self._loop.time()
         for identity, client in list(self._clients.items()):
-            if client.behind:
-                missed: list[messages.FromCoordinator] = [self._welcome(identity), *client.results]
-                client.behind = not all(self._send(identity, message) for message in missed)
-            elif client.unsent:
-                loads = [(engine_id, self._load_for(identity, engine_id)) for engine_id in client.unsent]
-                client.behind = not self._send(identity, messages.Counts(loads))
-            if not client.behind:
-                client.unsent.clear()
-                client.results.clear()
+            if client.unsent and not client.behind:
+                self._update(identity, client)
         now = self._loop.time()
         self._next_publish = now + max(_PUBLISH_INTERVAL_S, (now - start) / _PUBLISH_SHARE)
-        if any(client.behind for client in self._clients.values()):
-            self._publish_at(now + _RETRY_INTERVAL_S)
 
     def _tell_all(self, message: messages.FromCoordinator) -> None:
         for identity, client in list(self._clients.items()):
-            if client.behind or not self._send(identity, message):
-                self._fall_behind(client)
+            if not client.behind and not self._send(identity, message):
+                self._fall_behind(identity, client)
 
-    def _fall_behind(self, client: _Client) -> None:
+    def _update(self, identity: bytes, client: _Client) -> None:
+        """Send a client all that it does not know."""
+        news: list[messages.FromCoordinator] = []
+        if client.behind:
+            news.append(self._welcome(identity))
+        elif client.unsent:
+            loads = [(engine_id, self._load_for(identity, engine_id)) for engine_id in client.unsent]
+            news.append(messages.Counts(loads))
+        if all(self._send(identity, message) for message in [*news, *client.results]):
+            client.behind = False
+            client.unsent.clear()
+            client.results.clear()
+        else:
+            self._fall_behind(identity, client)
+
+    def _fall_behind(self, identity: bytes, client: _Client) -> None:
         client.behind = True
-        self._publish_at(self._loop.time() + _RETRY_INTERVAL_S)
+        self._loop.call_later(_RETRY_INTERVAL_S, self._retry, identity, client)
+
+    def _retry(self, identity: bytes, client: _Client) -> None:
+        if self._clients.get(identity) is client:
+            self._update(identity, client)
 
     def _load_for(self, identity: bytes, engine_id: int) -> messages.Load:
         report = self._reports.get(engine_id)
-        if report is None:
-            return self._members[engine_id].load
+        if report is None:  # nobody watched so far: whoever asks is new, and has nothing there
+            load = self._dispatcher.newest_load(engine_id) or self._members[engine_id].load
+            return msgspec.structs.replace(load, mine=0, my_tokens=0)
         mine, my_tokens = (report.by_client or {}).get(identity, (0, 0))
         return msgspec.structs.replace(report.load, mine=mine, my_tokens=my_tokens)
 
@@ -162,6 +170,7 @@ class Coordinator:
     def _forget(self, identity: bytes) -> None:
         if self._clients.pop(identity, None) is not None and not self._clients:
             self._dispatcher.watch_loads(None)
+            self._reports.clear()  # soon out of date
 
     # --- what clients say
 
@@ -194,6 +203,8 @@ class Coordinator:
     ) -> None:
         result = messages.CollectiveResult(call.call_id, await results)
         client = self._clients.get(identity)
-        if client is not None and (client.behind or not self._send(identity, result)):
-            client.results.append(result)
-            self._fall_behind(client)
+        if client is None:
+            return
+        client.results.append(result)
+        if not client.behind:
+            self._update(identity, client)  # with what the engines said before they answered, such as that they pause

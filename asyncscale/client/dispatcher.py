@@ -120,6 +120,10 @@ class Dispatcher:
         """Every engine's load, in engine order."""
         return tuple(self._router.loads(time.monotonic()))
 
+    def newest_load(self, engine_id: int) -> messages.Load | None:
+        """What the engine said last of its load; `mine` is this client's."""
+        return self._router.newest_load(engine_id)
+
     def report(self, engine_id: int, load: messages.Load) -> None:
         """An engine's counts, from wherever they came."""
         self._router.report(engine_id, load, time.monotonic())
@@ -338,6 +342,6 @@ class Dispatcher:
             self.abort(request, error)
         for connection in self._connections.values():
             connection.leave()
-            connection.close()
+            connection.close(error)
         self._connections.clear()
         self._notify_loads()

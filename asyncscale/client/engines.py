@@ -19,7 +19,7 @@ from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.supervisor import EngineProcess, Launch, Supervisor
 from asyncscale.config import ModelSource
-from asyncscale.errors import AsyncScaleError, EngineDeadError
+from asyncscale.errors import AsyncScaleError, ClientClosedError, EngineDeadError
 
 # An owner that is there answers within milliseconds, unless its event loop is blocked by user code.
 _ATTACH_TIMEOUT_S = 10.0
@@ -104,6 +104,7 @@ class AttachedEngines:
         self._welcome: asyncio.Future[messages.Welcome] = self._loop.create_future()
         self._members: dict[int, messages.Member] = {}
         self._calls: dict[int, asyncio.Future[list[messages.EngineResult]]] = {}
+        self._ended: AsyncScaleError | None = None  # why there will be no more answers
         self._call_ids = itertools.count()
         if not transport.is_listening(address):
             raise AsyncScaleError(f"nobody is at {address!r}: is the owner closed, or on another host?")
@@ -141,6 +142,8 @@ class AttachedEngines:
 
     async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls: the coordinator's."""
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
         call_id = next(self._call_ids)
         self._send(messages.CollectiveCall(call_id, method, list(args)))
         future: asyncio.Future[list[messages.EngineResult]] = self._loop.create_future()
@@ -152,6 +155,7 @@ class AttachedEngines:
 
     async def stop(self) -> None:
         """Leave."""
+        self._end(ClientClosedError("the client was closed"))
         self._send(messages.Detach())
         self._socket.close()
         self._monitor.close()
@@ -208,9 +212,16 @@ class AttachedEngines:
     def _owner_left(self, reason: str) -> None:
         for member in self.members:
             self._leave(member.engine_id, member.incarnation, f"engine {member.engine_id} ended: {reason}", None)
+        self._end(AsyncScaleError(f"the engines ended: {reason}"))
+
+    def _end(self, error: AsyncScaleError) -> None:
+        """Nothing more comes from the owner, or is wanted."""
+        self._ended = self._ended or error
+        if not self._welcome.done():
+            self._welcome.set_exception(error)
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(AsyncScaleError(f"the engines ended: {reason}"))
+                future.set_exception(error)
 
 
 def _member(engine: EngineProcess) -> messages.Member:

@@ -35,9 +35,11 @@ class LoopSocket:
 
     def send(self, *frames: bytes) -> None:
         """Queue a message. Raises zmq.ZMQError (EHOSTUNREACH) when a ROUTER's peer is gone."""
-        transport.send(self._socket, *frames)
-        if self._wakeup is None and transport.may_receive(self._socket):
-            self._read_soon()
+        try:
+            transport.send(self._socket, *frames)
+        finally:  # one that failed may have used the signal up as well
+            if self._wakeup is None and transport.may_receive(self._socket):
+                self._read_soon()
 
     def drain(self) -> None:
         """Take everything that has arrived, now."""

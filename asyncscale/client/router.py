@@ -134,6 +134,11 @@ class Router:
             self._sessions.settle(request.session, chosen.engine_id)
         return Decision(chosen.engine_id, {load.engine_id: self._measure(load) for load in loads})
 
+    def newest_load(self, engine_id: int) -> Load | None:
+        """The engine's newest report as it came, if there was one."""
+        engine = self._engines.get(engine_id)
+        return None if engine is None else engine.load
+
     def loads(self, now: float) -> list[EngineLoad]:
         """The whole table, in engine order."""
         return [_engine_load(engine_id, engine, now) for engine_id, engine in self._engines.items()]

@@ -67,6 +67,11 @@ class EngineCore:
         """Whether `step` has anything to compute or to hand out."""
         return (bool(self._clients) and not self._paused) or len(self._outbox) > 0
 
+    @property
+    def accepting(self) -> bool:
+        """Whether new requests should come here."""
+        return self._accepting
+
     def add(self, client: bytes, message: Add) -> None:
         """Take a request in. What is wrong with it is said in the client's next outputs."""
         defect = find_defect(message, self._runner.vocab_size, self._runner.max_model_len)

@@ -75,7 +75,11 @@ class EngineServer:
             case messages.Abort(request_ids):
                 self._core.abort(client, request_ids)
             case messages.Call():
-                self._send(client, self._call(message))
+                accepting = self._core.accepting
+                result = self._call(message)
+                if self._core.accepting != accepting:
+                    self._report_at_once()  # whoever knows the answer knows that, too
+                self._send(client, result)
             case messages.Connect(version, watches_loads):
                 self._connect(client, version, watches_loads)
             case messages.Disconnect():
@@ -133,6 +137,13 @@ class EngineServer:
             self._send(client, messages.LoadReport(self._core.load(client), by_client))
         if self._next_report == math.inf:
             self._told_version = version
+        if self._core.load_version != version:  # one was gone, and its requests ended: those told before it know less
+            self._report_load()
+
+    def _report_at_once(self) -> None:
+        for peer in self._peers.values():
+            peer.next_report = 0.0
+        self._report_load()
 
     def _send(self, client: bytes, message: messages.FromEngine) -> None:
         try:
