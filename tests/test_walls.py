@@ -69,6 +69,7 @@ def test_decisions_do_no_io() -> None:
         "client/affinity.py",
         "client/policies.py",
         "client/router.py",
+        "client/choice.py",
         "client/stream.py",
         "engine/core.py",
         "engine/scheduler.py",

@@ -15,10 +15,11 @@ import msgspec
 import zmq
 
 from asyncscale import messages
+from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.connection import EngineConnection
 from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest
 from asyncscale.client.router import Router
-from asyncscale.client.stream import ChoiceStream, RequestStream
+from asyncscale.client.stream import RequestStream
 from asyncscale.errors import EngineDeadError, EngineError, RequestAbortedError
 
 logger = logging.getLogger(__name__)

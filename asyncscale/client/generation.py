@@ -8,8 +8,9 @@ from typing import Self
 
 import msgspec
 
+from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.completion import Completion
-from asyncscale.client.stream import ChoiceStream, RequestStream
+from asyncscale.client.stream import RequestStream
 from asyncscale.errors import RequestAbortedError
 from asyncscale.messages import FinishReason
 
