@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Literal
@@ -24,7 +23,8 @@ from asyncscale.client.policies import EngineLoad, Policy
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.progress import StartProgress
 from asyncscale.client.sizing import auto_num_engines
-from asyncscale.client.stream import RequestStream
+from asyncscale.client.state import State, wrong_state
+from asyncscale.client.submission import Submission
 from asyncscale.client.supervisor import Launch
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.errors import (
@@ -33,26 +33,12 @@ from asyncscale.errors import (
     ClientStateError,
     EngineDeadError,
     EngineError,
-    InvalidRequestError,
-    RequestTimeoutError,
 )
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
 
 logger = logging.getLogger(__name__)
-
-
-# What is longer is for ever: event loops have no timers for it.
-_LONGEST_TIMEOUT_S = 1e8
-
-
-class _State(enum.Enum):
-    NEW = "not started"
-    STARTING = "starting"
-    RUNNING = "running"
-    CLOSING = "closing"
-    CLOSED = "closed"
 
 
 class AsyncScaleClient:
@@ -114,7 +100,7 @@ class AsyncScaleClient:
     def _prepare(self, routing: str | Policy, attach_to: str | None) -> None:
         self._policy = routing_policy(routing)
         self._attach_to = attach_to
-        self._state = _State.NEW
+        self._state = State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
         self._starting: asyncio.Task[None]
@@ -124,15 +110,15 @@ class AsyncScaleClient:
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
         self._dispatcher: Dispatcher
-        self._preparation: Preparation
+        self._submission: Submission
 
     # --- life
 
     async def start(self) -> AsyncScaleClient:
         """Fetch the model if need be, start the engines (or attach to them), and return when requests can be served."""
-        if self._state is not _State.NEW:
-            raise self._wrong_state("start")
-        self._state = _State.STARTING
+        if self._state is not State.NEW:
+            raise wrong_state(self._state, "start")
+        self._state = State.STARTING
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._cleanup.callback(self._context.destroy, linger=0)
@@ -146,10 +132,10 @@ class AsyncScaleClient:
             if self._closing is None:
                 self._closing = asyncio.ensure_future(self._shut_down())
             await asyncio.shield(self._closing)
-            if self._state is _State.CLOSED and self._closed_while_starting:
+            if self._state is State.CLOSED and self._closed_while_starting:
                 raise ClientClosedError("the client was closed while it started") from None
             raise
-        self._state = _State.RUNNING
+        self._state = State.RUNNING
         return self
 
     async def _start_owned(self) -> None:
@@ -169,7 +155,7 @@ class AsyncScaleClient:
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             self._connect(codec.result())
-        facts = self._preparation.facts
+        facts = self._submission.facts
         logger.info(
             "%d engines ready in %.1f s: %s, %s, context %d tokens, KV cache %d blocks of %d tokens each; attach at %s",
             self._num_engines,
@@ -197,7 +183,7 @@ class AsyncScaleClient:
         members = self._engines.members  # of this moment: one that was ready may have died since
         if not members:
             raise self._dispatcher.last_death or AsyncScaleError("there is no engine to connect to")
-        self._preparation = Preparation(codec, members[0].facts)
+        self._submission = Submission(Preparation(codec, members[0].facts), self._dispatcher)
         for member in members:
             self._dispatcher.join(member)
 
@@ -208,18 +194,18 @@ class AsyncScaleClient:
         clients, too, if it owns the engines. Otherwise, and after the timeout, they end with ClientClosedError.
         Idempotent, and safe to call several times at once.
         """
-        if self._state is _State.NEW:
-            self._state = _State.CLOSED
+        if self._state is State.NEW:
+            self._state = State.CLOSED
             return
-        if self._state is _State.CLOSED:
+        if self._state is State.CLOSED:
             return
         self._check_loop()
         if self._closing is None:
-            if self._state is _State.STARTING:
+            if self._state is State.STARTING:
                 drain = False
                 self._closed_while_starting = True
                 self._starting.cancel()
-            self._state = _State.CLOSING
+            self._state = State.CLOSING
             self._closing = asyncio.ensure_future(self._close(drain, timeout))
         await asyncio.shield(self._closing)
 
@@ -244,11 +230,11 @@ class AsyncScaleClient:
             await self._dispatcher.wait_load_change()
 
     async def _shut_down(self) -> None:
-        self._state = _State.CLOSING
+        self._state = State.CLOSING
         try:
             await self._cleanup.aclose()
         finally:
-            self._state = _State.CLOSED
+            self._state = State.CLOSED
 
     async def __aenter__(self) -> AsyncScaleClient:
         return await self.start()
@@ -288,7 +274,7 @@ class AsyncScaleClient:
         """
         self._check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return self._submit(lambda: prompt, SamplingParams.of(params, sampling), options)
+        return self._submission.submit(lambda: prompt, SamplingParams.of(params, sampling), options)
 
     def chat(
         self,
@@ -317,40 +303,12 @@ class AsyncScaleClient:
         self._check_usable()
 
         def encode() -> list[int]:
-            return self._preparation.codec.encode_chat(
+            return self._submission.codec.encode_chat(
                 messages, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
             )
 
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return self._submit(encode, SamplingParams.of(params, sampling), options)
-
-    def _submit(self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions) -> Generation:
-        dispatcher = self._dispatcher
-        options.validate(dispatcher.engine_ids)
-        if options.request_id is not None and dispatcher.is_live(options.request_id):
-            raise InvalidRequestError(f"request_id {options.request_id!r} is in use by a request that has not ended")
-        prompt_token_ids = self._preparation.encode_prompt(make_prompt())
-        sampling = self._preparation.resolve(params, len(prompt_token_ids))
-        wire_id = dispatcher.allocate_wire_ids(params.n)
-        stream = RequestStream(
-            request_id=f"request-{wire_id}" if options.request_id is None else options.request_id,
-            wire_id=wire_id,
-            prompt_token_ids=prompt_token_ids,
-            params=params,
-            sampling=sampling,
-            codec=self._preparation.codec,
-            priority=options.priority,
-            session=options.session,
-            pinned_engine=options.engine,
-            arrival=time.monotonic(),
-            expected_output_tokens=dispatcher.expected_output_tokens(sampling.max_tokens),
-            on_end=dispatcher.request_ended,
-        )
-        dispatcher.submit(stream)
-        if options.timeout is not None and options.timeout < _LONGEST_TIMEOUT_S and self._loop is not None:
-            error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {options.timeout:g} s")
-            stream.timer = self._loop.call_later(options.timeout, dispatcher.abort, stream, error)
-        return Generation(stream, dispatcher.abort)
+        return self._submission.submit(encode, SamplingParams.of(params, sampling), options)
 
     # --- engines
 
@@ -372,7 +330,7 @@ class AsyncScaleClient:
 
         Ends when the client is closed.
         """
-        while self._state is _State.RUNNING:
+        while self._state is State.RUNNING:
             yield self.engine_loads()
             await self._dispatcher.wait_load_change()
 
@@ -397,8 +355,8 @@ class AsyncScaleClient:
     # --- use
 
     def _check_usable(self) -> None:
-        if self._state is not _State.RUNNING:
-            raise self._wrong_state("use")
+        if self._state is not State.RUNNING:
+            raise wrong_state(self._state, "use")
         self._check_loop()
 
     def _check_loop(self) -> None:
@@ -407,17 +365,6 @@ class AsyncScaleClient:
                 "this client was started on another event loop than the one it is used from now. "
                 "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
             )
-
-    def _wrong_state(self, wanted: str) -> ClientStateError:
-        if self._state is _State.NEW:
-            return ClientStateError(
-                "the client is not started: use `async with AsyncScaleClient(...) as client:` or `await client.start()`"
-            )
-        if self._state is _State.STARTING:
-            return ClientStateError("the client is still starting: await start() first")
-        if self._state is _State.RUNNING:
-            return ClientStateError(f"cannot {wanted} the client: it is running already")
-        return ClientClosedError(f"cannot {wanted} the client: it is {self._state.value}. Make a new one")
 
     def __repr__(self) -> str:
         what = (

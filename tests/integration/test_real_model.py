@@ -159,7 +159,7 @@ async def test_sampling_with_a_seed_gives_the_same_tokens_alone_in_a_crowd_preem
 
 
 async def test_streamed_text_is_the_tokenizers_decoding_of_all_tokens(client: AsyncScaleClient) -> None:
-    codec = client._preparation.codec
+    codec = client._submission.codec
     for prompt in PROMPTS[20:28]:
         generation = generate(client, prompt, temperature=1.5, seed=1, ignore_eos=True)
         text = "".join([str(token) async for token in generation])

@@ -1,0 +1,30 @@
+"""Where a client is in its life, and what to say of a call that does not belong there."""
+
+from __future__ import annotations
+
+import enum
+
+from asyncscale.errors import ClientClosedError, ClientStateError
+
+
+class State(enum.Enum):
+    NEW = "not started"
+    STARTING = "starting"
+    RUNNING = "running"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+def wrong_state(state: State, wanted: str) -> ClientStateError:
+    """The error for a client that cannot be `wanted` ("start", "use") in this state; it names the cure."""
+    match state:
+        case State.NEW:
+            return ClientStateError(
+                "the client is not started: use `async with AsyncScaleClient(...) as client:` or `await client.start()`"
+            )
+        case State.STARTING:
+            return ClientStateError("the client is still starting: await start() first")
+        case State.RUNNING:
+            return ClientStateError(f"cannot {wanted} the client: it is running already")
+        case _:
+            return ClientClosedError(f"cannot {wanted} the client: it is {state.value}. Make a new one")
