@@ -39,6 +39,14 @@ async def reach(client: AsyncScaleClient, in_flight: int) -> None:
                 return
 
 
+async def wait_running(client: AsyncScaleClient, count: int) -> None:
+    """Wait until the engines themselves say that so many requests run."""
+    async with asyncio.timeout(10):
+        async for loads in client.watch_loads():
+            if sum(load.running for load in loads) == count:
+                return
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """For what no event tells of."""
     async with asyncio.timeout(30):
@@ -139,9 +147,7 @@ async def test_every_stream_is_complete_and_its_own_and_nothing_is_left_over(
 async def test_a_newcomer_knows_at_once_what_others_have_in_flight() -> None:
     async with AsyncScaleClient(MODEL, num_engines=2) as owner:
         generations = [owner.generate("hello", **LONG) for _ in range(6)]
-        async for loads in owner.watch_loads():
-            if sum(load.running for load in loads) == 6:  # the engines say so, too
-                break
+        await wait_running(owner, 6)
         async with AsyncScaleClient.attach(owner.address) as other:
             assert [(load.mine, load.others) for load in other.engine_loads()] == [(0, 3), (0, 3)]
         for generation in generations:
@@ -182,10 +188,11 @@ async def test_clients_come_and_go_while_requests_run_and_take_their_requests_wi
 async def test_a_client_that_is_killed_takes_its_requests_with_it() -> None:
     async def main(client: AsyncScaleClient, index: int) -> None:
         generations = [client.generate("hello", **LONG) for _ in range(6)]
-        await reach(client, len(generations))
+        await wait_running(client, len(generations))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    async with AsyncScaleClient(MODEL, num_engines=2) as owner, AsyncScaleClient.attach(owner.address) as other:
+    slow = SimulatedModel(base_ms=5)  # its requests would last longer than anybody waits here
+    async with AsyncScaleClient(slow, num_engines=2) as owner, AsyncScaleClient.attach(owner.address) as other:
         with pytest.raises(FrontendError):
             await run_frontends(main, 1, owner.address)
         await assert_idle(owner)
