@@ -350,7 +350,10 @@ class AsyncScaleClient:
         self._check_usable()
         raw = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
         async with asyncio.timeout(timeout):
-            return [_value(result) for result in await self._engines.call(method, raw)]
+            results = await self._engines.call(method, raw)
+        if not results and self._dispatcher.last_death is not None:
+            raise self._dispatcher.last_death.with_traceback(None)
+        return [_value(result) for result in results]
 
     # --- use
 

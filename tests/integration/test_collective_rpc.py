@@ -239,3 +239,14 @@ async def test_one_paused_engine_gets_nothing_while_others_do(owner: AsyncScaleC
             assert sum(mine) == 10
             for generation in generations:
                 generation.abort()
+
+
+async def test_without_any_engine_left_a_call_raises_how_the_last_one_died() -> None:
+    async with AsyncScaleClient(MODEL, num_engines=1) as owner:
+        os.kill(pids(owner)[0], signal.SIGKILL)
+        async with asyncio.timeout(10):
+            async for loads in owner.watch_loads():
+                if not loads:
+                    break
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            await owner.collective_rpc("kv_cache_stats")
