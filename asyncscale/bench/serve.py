@@ -6,18 +6,16 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import uvloop
 
 from asyncscale import AsyncScaleClient, SimulatedModel
+from asyncscale.bench.environment import environment
+from asyncscale.bench.measure import measured_replay
 from asyncscale.bench.replay import replay
-from asyncscale.bench.report import Report, summarize
-from asyncscale.bench.usage import Usage, process_usage
+from asyncscale.bench.report import Report
 from asyncscale.bench.workload import WorkloadRequest, corpus, file_requests, lognormal_requests
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.progress import StartProgress
@@ -25,7 +23,6 @@ from asyncscale.config import DType
 from asyncscale.tokenization.loading import load_codec
 
 _ENGINE_OPTIONS = ("max_num_seqs", "max_num_batched_tokens", "dtype", "threads_per_engine")
-_PACKAGES = ("asyncscale", "numpy", "torch", "uvloop", "pyzmq")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,15 +69,7 @@ async def _measure(
         if arguments.warmup:
             await replay(client, requests, read_text=arguments.read_text)
             await client.collective_rpc("reset_prefix_cache")
-        engines = await client.collective_rpc("process_info")
-        pids = {"client": os.getpid()} | {f"engine-{i}": info["pid"] for i, info in enumerate(engines)}
-        before = _usages(pids)
-        result = await replay(client, requests, read_text=arguments.read_text)
-        return summarize(result.records, result.duration_s, before, _usages(pids))
-
-
-def _usages(pids: dict[str, int]) -> dict[str, Usage]:
-    return {name: usage for name, pid in pids.items() if (usage := process_usage(pid)) is not None}
+        return (await measured_replay(client, requests, read_text=arguments.read_text))[1]
 
 
 def _model(arguments: argparse.Namespace) -> str | SimulatedModel:
@@ -108,8 +97,7 @@ def _machine_readable(arguments: argparse.Namespace, report: Report) -> dict[str
     configuration |= {"rate": "inf" if math.isinf(arguments.rate) else arguments.rate}
     return report.to_dict() | {
         "configuration": {name: str(v) if isinstance(v, Path) else v for name, v in configuration.items()},
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "num_cpus": os.cpu_count()},
+        **environment(),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,29 @@ class Usage:
 def process_usage(pid: int) -> Usage | None:
     """What process `pid` has used so far; None when there is no such process."""
     try:
-        return _from_proc(pid) if Path("/proc/self/stat").exists() else _from_ps(pid)
+        return _from_proc(pid) if _has_proc() else _from_ps(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of process `pid` so far; to the microsecond, where Linux keeps a clock for it.
+
+    Raises ProcessLookupError.
+    """
+    if _has_proc():
+        try:
+            return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) computes
+        except OSError:
+            raise ProcessLookupError(pid) from None
+    usage = process_usage(pid)
+    if usage is None:
+        raise ProcessLookupError(pid)
+    return usage.cpu_s
+
+
+def _has_proc() -> bool:
+    return Path("/proc/self/stat").exists()
 
 
 def _from_proc(pid: int) -> Usage:
