@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
@@ -105,12 +106,12 @@ class Coordinator:
     def _publish(self) -> None:
         """Tell each client the counts that it does not know yet; those who are behind wait for their turn."""
         self._publishing = None
-        start = self._loop.time()
+        start = time.thread_time()  # a loop's clock may tick in whole milliseconds: uvloop's does
         for identity, client in list(self._clients.items()):
             if client.unsent and not client.behind:
                 self._update(identity, client)
-        now = self._loop.time()
-        self._next_publish = now + max(_PUBLISH_INTERVAL_S, (now - start) / _PUBLISH_SHARE)
+        cost = time.thread_time() - start
+        self._next_publish = self._loop.time() + max(_PUBLISH_INTERVAL_S, cost / _PUBLISH_SHARE)
 
     def _tell_all(self, message: messages.FromCoordinator) -> None:
         for identity, client in list(self._clients.items()):

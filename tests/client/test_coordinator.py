@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -97,6 +99,20 @@ async def test_after_quiet_a_change_is_published_at_once_then_once_per_interval(
     fleet.coordinator._publish()
     await fleet.attach()  # a round trip later, nothing more has come
     assert not peer.socket.poll(0)
+
+
+async def test_a_clock_that_ticks_while_counts_are_published_does_not_delay_the_next(
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = await make_fleet(1)
+    peer, _ = await fleet.attach()
+    await peer.receive()
+    clock = itertools.count()  # seconds; uvloop's own has whole milliseconds, and may change between any two looks
+    report(fleet, 0, 1, running=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet.coordinator, "_loop", SimpleNamespace(time=lambda: float(next(clock))))
+        fleet.coordinator._publish()
+    assert fleet.coordinator._next_publish - (next(clock) - 1) < 1
 
 
 async def test_constant_reports_do_not_starve_publishing(make_fleet: MakeFleet) -> None:
