@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import tempfile
 import time
@@ -53,6 +54,7 @@ class Gate:
     def __init__(self, count: int, on_open: Callable[[], None] | None = None) -> None:
         self._count = count
         self._on_open = on_open
+        self._visitors: list[asyncio.StreamWriter] = []
         self._waiting: list[asyncio.StreamWriter] = []
         self._folder = tempfile.TemporaryDirectory(prefix="asyncscale-gate-")
         self.path = str(Path(self._folder.name) / "gate")
@@ -65,14 +67,19 @@ class Gate:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._server.close()
+        for writer in self._visitors:
+            writer.close()
+            with contextlib.suppress(ConnectionError):  # of a front end that was killed
+                await writer.wait_closed()
+        await self._server.wait_closed()
         self._folder.cleanup()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._visitors.append(writer)
         while await reader.read(1):
             self._waiting.append(writer)
             if len(self._waiting) == self._count:
                 self._open()
-        writer.close()
 
     def _open(self) -> None:
         opens_at = time.monotonic() + _LEAD_S
@@ -97,6 +104,7 @@ class Visitor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._writer.close()
+        await self._writer.wait_closed()
 
     async def pass_gate(self) -> float:
         """Wait until all are here; the time.monotonic() of the opening, which is some milliseconds ahead."""

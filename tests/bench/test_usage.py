@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from asyncscale.bench import usage
-from asyncscale.bench.usage import parse_cpu_time, process_usage
+from asyncscale.bench.usage import cpu_seconds, parse_cpu_time, process_usage
 
 MIB = 2**20
 
@@ -51,3 +51,15 @@ def test_ps_gives_the_same_where_there_is_no_proc():
 )
 def test_cpu_times_of_ps_are_understood(text, seconds):
     assert parse_cpu_time(text) == pytest.approx(seconds)
+
+
+def test_cpu_seconds_are_those_of_the_process_and_a_dead_one_has_none():
+    before = cpu_seconds(os.getpid())
+    used = time.process_time()
+    while time.process_time() < used + 0.05:
+        pass
+    assert 0.05 <= cpu_seconds(os.getpid()) - before < 1
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        pass
+    with pytest.raises(ProcessLookupError):
+        cpu_seconds(child.pid)

@@ -37,7 +37,7 @@ class Share:
 async def measure(settings: Settings) -> list[Row]:
     """Clients are processes of their own; the owner of the engines serves nothing."""
     num_requests = settings.count(1000)
-    rows = []
+    rows: list[Row] = []
     for num_engines in (2, 1):
         for num_clients in (1, 2):
             for rate in (RATE, math.inf):
@@ -45,7 +45,7 @@ async def measure(settings: Settings) -> list[Row]:
                     play = partial(play_share, num_requests, rate, num_clients)
                     shares = await run_together(play, num_clients, owner.address)
                 rows.append(_row(num_engines, num_clients, rate, shares))
-    return rows
+    return [*rows, _second_client(rows)]
 
 
 async def play_share(
@@ -94,7 +94,23 @@ def _row(num_engines: int, num_clients: int, rate: float, shares: Sequence[Share
         figures,
         "TTFT {ttft_mean_ms:,.0f} ms, {output_throughput:,.0f} tok/s, TPOT {tpot_mean_ms:.1f} ms, "
         "clients {client_cpu_percent:.0f} % of a core",
-        f"published: {published[0]:,} ms, {published[1]:,.0f} tok/s" if published else "",
+        f"published: {published[0]:,g} ms, {published[1]:,g} tok/s" if published else "",
+    )
+
+
+def _second_client(rows: Sequence[Row]) -> Row:
+    """On one engine that is saturated: what it costs to be two."""
+    one, two = (row.figures for row in rows if row.figures["num_engines"] == 1 and row.figures["rate"] is None)
+    throughput, tpot = (
+        (two[name] or math.nan) / (one[name] or math.nan) for name in ("output_throughput", "tpot_mean_ms")
+    )
+    return Row(
+        SECTION,
+        "a second client on one engine, all at once: throughput, TPOT",
+        {"throughput_ratio": throughput, "tpot_ratio": tpot},
+        "x {throughput_ratio:.3f}, x {tpot_ratio:.3f}",
+        "no loss",
+        throughput >= 0.98 and tpot <= 1.02,
     )
 
 

@@ -7,27 +7,24 @@ from dataclasses import dataclass
 from asyncscale import AsyncScaleClient, SimulatedModel
 from asyncscale.bench.workload import WorkloadRequest, corpus, lognormal_requests
 
-# Like a small model on a GPU: the model of the published experiment's scale.
 MODEL = SimulatedModel(base_ms=8, decode_us=35, prefill_us=10)
-FREE = SimulatedModel(base_ms=0, decode_us=0, prefill_us=0)
+FREE = SimulatedModel(base_ms=0, decode_us=0, prefill_us=0, num_kv_blocks=200_000)
 RATE = 120.0  # requests per second
 MEAN_IN, MEAN_OUT = 220.6, 199.5  # tokens
-
-_QUICK = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """quick: an eighth of everything, to see that it runs."""
+    """fraction: of everything that is to be measured; less than 1 is to see that it runs."""
 
-    quick: bool = False
+    fraction: float = 1.0
 
     def count(self, number: int) -> int:
-        """So many requests, streams or tokens."""
-        return number // _QUICK if self.quick else number
+        """So many requests, streams or tokens: at least one."""
+        return max(1, round(self.fraction * number))
 
     def seconds(self, duration: float) -> float:
-        return duration / _QUICK if self.quick else duration
+        return self.fraction * duration
 
 
 def start_engines(num_engines: int, model: SimulatedModel = MODEL, max_num_seqs: int = 1024) -> AsyncScaleClient:
