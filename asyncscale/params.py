@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -66,49 +66,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """`params` with the keyword arguments of a call laid over it, checked. Raises InvalidRequestError."""
         if params is not None and not isinstance(params, cls):
             raise InvalidRequestError(f"params must be a SamplingParams or None, got {type(params).__name__}")
-        unknown = overrides.keys() - set(cls.__struct_fields__)
+        unknown = overrides.keys() - _CHECKS.keys()
         if unknown:
             names, known = ", ".join(sorted(map(repr, unknown))), ", ".join(cls.__struct_fields__)
             raise InvalidRequestError(f"unknown sampling parameter {names}; known are {known}")
-        merged = msgspec.structs.replace(params or cls(), **overrides)
-        merged.validate()
+        merged = msgspec.structs.replace(params or _DEFAULT_PARAMS, **overrides)
+        merged.validate(overrides if params is None else None)
         return merged
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def validate(self) -> None:
-        """Raises InvalidRequestError, naming the field, when a value has a wrong type or is out of range."""
-        # fmt: off
-        _integer("n", self.n, 1, 1024)
-        _integer("max_tokens", self.max_tokens, 1, _MAX_COUNT)
-        _integer("min_tokens", self.min_tokens, 0, _MAX_COUNT)
-        _integer("top_k", self.top_k, -1, _MAX_COUNT)
-        _integer("seed", self.seed, -(2**63), 2**64 - 1)
-        _integer("logprobs", self.logprobs, 0, 1000)
-        _integer("prompt_logprobs", self.prompt_logprobs, 0, 1000)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        # fmt: on
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
-        _strings("bad_words", self.bad_words)
-        if self.stop_token_ids is not None:
-            for token_id in _items("stop_token_ids", self.stop_token_ids):
-                _integer("stop_token_ids", token_id, 0, _MAX_COUNT)
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
-            for token_id, bias in self.logit_bias.items():
-                _integer("a key of logit_bias", token_id, 0, _MAX_COUNT)
-                _number("a value of logit_bias", bias, -math.inf, math.inf)
+    def validate(self, names: Iterable[str] | None = None) -> None:
+        """Raises InvalidRequestError, naming the field, when a value has a wrong type or is out of range.
+
+        names: the fields to look at; None is all.
+        """
+        for name in self.__struct_fields__ if names is None else names:
+            _CHECKS[name](name, getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) must not be greater than max_tokens ({self.max_tokens})"
@@ -151,25 +127,54 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return self.temperature < GREEDY_EPSILON
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if value is None and name in _OPTIONAL:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidRequestError(f"{name} must be an integer, got {value!r}")
-    if value < low:
-        raise InvalidRequestError(f"{name} must be at least {low}, got {value}")
-    if value > high:
-        raise InvalidRequestError(f"{name} must be at most {high}, got {value}")
+Check = Callable[[str, object], None]
 
 
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if value is None and name in _OPTIONAL:
+def _integer(low: int, high: int) -> Check:
+    def check(name: str, value: object) -> None:
+        if value is None and name in _OPTIONAL:
+            return
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InvalidRequestError(f"{name} must be an integer, got {value!r}")
+        if value < low:
+            raise InvalidRequestError(f"{name} must be at least {low}, got {value}")
+        if value > high:
+            raise InvalidRequestError(f"{name} must be at most {high}, got {value}")
+
+    return check
+
+
+def _number(low: float, high: float, *, open_low: bool = False) -> Check:
+    def check(name: str, value: object) -> None:
+        if value is None and name in _OPTIONAL:
+            return
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InvalidRequestError(f"{name} must be a number, got {value!r}")
+        is_finite = abs(value) <= sys.float_info.max  # also false for NaN, and for an int that no float holds
+        if not is_finite or not low <= value <= high or (open_low and value < _LEAST):
+            raise InvalidRequestError(f"{name} must be a finite number {_range(low, high, open_low)}, got {value}")
+
+    return check
+
+
+def _bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequestError(f"{name} must be a bool, got {value!r}")
+
+
+def _token_ids(name: str, value: object) -> None:
+    for token_id in () if value is None else _items(name, value):
+        _COUNT(f"an item of {name}", token_id)
+
+
+def _logit_bias(name: str, value: object) -> None:
+    if value is None:
         return
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InvalidRequestError(f"{name} must be a number, got {value!r}")
-    is_finite = abs(value) <= sys.float_info.max  # also false for NaN, and for an int that no float holds
-    if not is_finite or not low <= value <= high or (open_low and value < _LEAST):
-        raise InvalidRequestError(f"{name} must be a finite number {_range(low, high, open_low)}, got {value}")
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{name} must map token ids to numbers, got {value!r}")
+    for token_id, bias in value.items():
+        _COUNT(f"a key of {name}", token_id)
+        _ANY_NUMBER(f"a value of {name}", bias)
 
 
 def _range(low: float, high: float, open_low: bool = False) -> str:
@@ -187,6 +192,8 @@ def _items(name: str, values: object) -> Sequence[object]:
 
 
 def _strings(name: str, values: object) -> None:
+    if name == "stop" and isinstance(values, str):
+        values = (values,)
     for value in () if values is None else _items(name, values):
         if not isinstance(value, str):
             raise InvalidRequestError(f"{name} must hold strings, got {value!r}")
@@ -195,3 +202,27 @@ def _strings(name: str, values: object) -> None:
 
 
 _OPTIONAL = frozenset(name for name in SamplingParams.__struct_fields__ if getattr(SamplingParams(), name) is None)
+_DEFAULT_PARAMS = SamplingParams()
+_COUNT, _ANY_NUMBER = _integer(0, _MAX_COUNT), _number(-math.inf, math.inf)
+_CHECKS: dict[str, Check] = {
+    "n": _integer(1, 1024),
+    "temperature": _number(0.0, math.inf),
+    "top_p": _number(0.0, 1.0, open_low=True),
+    "top_k": _integer(-1, _MAX_COUNT),
+    "min_p": _number(0.0, 1.0),
+    "repetition_penalty": _number(0.0, math.inf, open_low=True),
+    "presence_penalty": _number(-2.0, 2.0),
+    "frequency_penalty": _number(-2.0, 2.0),
+    "seed": _integer(-(2**63), 2**64 - 1),
+    "stop": _strings,
+    "stop_token_ids": _token_ids,
+    "bad_words": _strings,
+    "logit_bias": _logit_bias,
+    "ignore_eos": _bool,
+    "max_tokens": _integer(1, _MAX_COUNT),
+    "min_tokens": _COUNT,
+    "logprobs": _integer(0, 1000),
+    "prompt_logprobs": _integer(0, 1000),
+    "include_stop_str_in_output": _bool,
+    "skip_special_tokens": _bool,
+}

@@ -15,9 +15,9 @@ from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.config import ModelSource
 
-# Counts that change within so many seconds go out together; and publishing takes at most this share of the loop's time.
-_PUBLISH_INTERVAL_S = 0.0005
-_PUBLISH_SHARE = 0.02
+# Publishing takes at most this share of a core in the long run; what it did not use lets some go out at once.
+_PUBLISH_SHARE = 0.01
+_MAX_BUDGET_S = 0.002
 # A client that reads nothing is sent no more than this many messages ahead, and all it missed when it reads again.
 _MAX_UNREAD = 1000
 _RETRY_INTERVAL_S = 0.1
@@ -58,7 +58,8 @@ class Coordinator:
         self._reports: dict[int, messages.LoadReport] = {}
         self._clients: dict[bytes, _Client] = {}
         self._publishing: asyncio.TimerHandle | None = None
-        self._next_publish = 0.0
+        self._budget_s = 0.0  # of CPU time for publishing; below zero, it must grow first
+        self._budget_at = self._loop.time()
         self._calls: set[asyncio.Task[None]] = set()
         socket = transport.bind_router(context, self.address, max_unread=_MAX_UNREAD)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
@@ -89,7 +90,7 @@ class Coordinator:
         for client in self._clients.values():
             client.unsent.add(engine_id)
         if self._publishing is None and self._clients:
-            self._publishing = self._loop.call_at(self._next_publish, self._publish)
+            self._publishing = self._loop.call_later(self._publish_delay(), self._publish)
 
     def close(self) -> None:
         """Tell every client that the engines end, and close the socket. Idempotent."""
@@ -103,6 +104,13 @@ class Coordinator:
 
     # --- what clients are sent
 
+    def _publish_delay(self) -> float:
+        """Seconds until counts may go out: none, unless publishing has taken more than its share of late."""
+        now = self._loop.time()
+        self._budget_s = min(_MAX_BUDGET_S, self._budget_s + _PUBLISH_SHARE * (now - self._budget_at))
+        self._budget_at = now
+        return max(0.0, -self._budget_s / _PUBLISH_SHARE)
+
     def _publish(self) -> None:
         """Tell each client the counts that it does not know yet; those who are behind wait for their turn."""
         self._publishing = None
@@ -110,8 +118,7 @@ class Coordinator:
         for identity, client in list(self._clients.items()):
             if client.unsent and not client.behind:
                 self._update(identity, client)
-        cost = time.thread_time() - start
-        self._next_publish = self._loop.time() + max(_PUBLISH_INTERVAL_S, cost / _PUBLISH_SHARE)
+        self._budget_s -= time.thread_time() - start
 
     def _tell_all(self, message: messages.FromCoordinator) -> None:
         for identity, client in list(self._clients.items()):

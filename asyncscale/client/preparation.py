@@ -78,7 +78,7 @@ class Preparation:
         count = len(token_ids)
         if count == 0:
             raise InvalidRequestError("prompt is empty: it must have at least one token")
-        if token_ids.min() < 0 or token_ids.max() >= facts.vocab_size:
+        if token_ids.astype(np.uint64).max() >= facts.vocab_size:  # negative ids are huge ones, too
             bad = token_ids[(token_ids < 0) | (token_ids >= facts.vocab_size)][0]
             raise InvalidRequestError(f"token id {bad} is out of range: the model has ids 0 to {facts.vocab_size - 1}")
         if count >= facts.max_model_len:

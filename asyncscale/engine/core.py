@@ -101,21 +101,24 @@ class EngineCore:
         self.abort(client, self._clients.get(client, ()))
         self._outbox.discard(client)
 
-    def step(self) -> dict[bytes, Outputs]:
-        """Compute one batch. Returns one Outputs for each client that got tokens or endings."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> dict[bytes, Outputs]:
+        """Compute one batch. Returns one Outputs for each client that got tokens or endings.
+
+        meanwhile: is called while the batch is computed, if there is one, or just before.
+        """
         if not self._paused:
-            self._compute()
+            self._compute(meanwhile)
         return self._outbox.flush(self.load)
 
-    def _compute(self) -> None:
+    def _compute(self, meanwhile: Callable[[], None]) -> None:
         num_running = self._scheduler.num_running
         schedule = self._scheduler.schedule(self._clock())
+        if self._scheduler.num_running != num_running:
+            self.load_version += 1
         for request, error in schedule.failed:
             self._finish(request, "error", error=error)
         if schedule.batch is not None:
-            self._apply(schedule.batch, self._runner.execute(schedule.batch))
-        if self._scheduler.num_running != num_running:
-            self.load_version += 1
+            self._apply(schedule.batch, self._runner.execute(schedule.batch, meanwhile))
 
     def load(self, client: bytes) -> Load:
         """The counts of this moment; waiting counts all that are alive and hold no row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from asyncscale.engine.batch import Batch, StepResult
@@ -27,5 +28,8 @@ class Runner(Protocol):
     def remove(self, row: int) -> None:
         """The request in `row` finished, was aborted or was preempted."""
 
-    def execute(self, batch: Batch) -> StepResult:
-        """Compute the batch's tokens, write their keys and values to the cache, sample where a sequence is complete."""
+    def execute(self, batch: Batch, meanwhile: Callable[[], None]) -> StepResult:
+        """Compute the batch's tokens, write their keys and values to the cache, sample where a sequence is complete.
+
+        meanwhile: to be called once, when another device has been set to work, else before the work begins.
+        """

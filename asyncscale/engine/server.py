@@ -35,6 +35,8 @@ class EngineServer:
         self._socket = socket
         self._methods = {**core.methods, "profile": Profiler().profile, "process_info": self._process_info}
         self._peers: dict[bytes, _Peer] = {}
+        self._outputs: dict[bytes, messages.Outputs] = {}  # of the last step, not sent yet
+        self._gone: set[bytes] = set()  # clients that could not be sent to
         self._watch_interval = _WATCH_INTERVAL_S * num_engines
         self._told_version = core.load_version  # which every peer knows
         self._next_report = math.inf  # when those who do not know the newest load may be told
@@ -44,11 +46,19 @@ class EngineServer:
         """Serve for ever; the lifeline ends the process."""
         while True:
             self._receive()
-            if len(self._peers) > 1:
-                self._report_load()  # what arrived keeps others away now, not after the step
             if self._core.has_work:
-                for client, outputs in self._core.step().items():
-                    self._send_outputs(client, outputs)
+                outputs = self._core.step(meanwhile=self._send_outputs)
+                self._send_outputs()  # those of the step before, if this one computed nothing
+                self._outputs = outputs
+            self._settle()
+            while self._gone:  # their requests end, and the others must hear of that
+                self._forget(self._gone.pop())
+                self._settle()
+
+    def _settle(self) -> None:
+        """Leave nothing unsaid when there is no next step to say it in."""
+        if not self._core.has_work:
+            self._send_outputs()
             self._report_load()
 
     def _receive(self) -> None:
@@ -110,13 +120,19 @@ class EngineServer:
 
     # --- what clients are told
 
-    def _send_outputs(self, client: bytes, outputs: messages.Outputs) -> None:
-        peer = self._peers.get(client)
-        if peer is not None:
-            peer.told_version = outputs.load.version
-            if peer.watches_loads:
-                outputs = msgspec.structs.replace(outputs, by_client=self._core.by_client())
-        self._send(client, outputs)
+    def _send_outputs(self) -> None:
+        """Send what the last step made, while the next one is computed. And the counts, of what has arrived since, too:
+        they keep others away now, not after the step."""
+        made, self._outputs = self._outputs, {}
+        for client, outputs in made.items():
+            peer = self._peers.get(client)
+            if peer is not None:
+                peer.told_version = max(peer.told_version, outputs.load.version)
+                if peer.watches_loads:
+                    outputs = msgspec.structs.replace(outputs, by_client=self._core.by_client())
+            self._send(client, outputs)
+        if len(self._peers) > 1:
+            self._report_load()
 
     def _report_load(self) -> None:
         """Tell each client that does not know the newest load and has not been told one just now."""
@@ -137,8 +153,6 @@ class EngineServer:
             self._send(client, messages.LoadReport(self._core.load(client), by_client))
         if self._next_report == math.inf:
             self._told_version = version
-        if self._core.load_version != version:  # one was gone, and its requests ended: those told before it know less
-            self._report_load()
 
     def _report_at_once(self) -> None:
         for peer in self._peers.values():
@@ -151,7 +165,7 @@ class EngineServer:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self._forget(client)
+            self._gone.add(client)  # not forgotten at once: a step may be under way with its requests
 
     def _forget(self, client: bytes) -> None:
         self._peers.pop(client, None)

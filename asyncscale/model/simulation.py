@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
@@ -64,8 +65,9 @@ class SimulatedRunner:
         self._logprob_rows.discard(row)
         self._prompt_logprob_rows.discard(row)
 
-    def execute(self, batch: Batch) -> StepResult:
+    def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         start = time.monotonic()
+        meanwhile()
         table, rows = batch.table, batch.rows
         sampled = rows
         if batch.num_decodes < rows.size:

@@ -78,8 +78,9 @@ class TorchRunner:
         self._prompt_logprobs.pop(row, None)
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> StepResult:
+    def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         """Compute the batch's tokens; sample where all of a sequence's tokens are computed then."""
+        meanwhile()
         hidden = self._forward(batch)
         ends = np.cumsum(batch.num_new_tokens)
         computed = batch.table.num_computed_tokens[batch.rows] + batch.num_new_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,36 +82,36 @@ async def test_a_newcomer_sees_engines_that_come_and_go_after_it(make_fleet: Mak
 # --- how often
 
 
-async def test_after_quiet_a_change_is_published_at_once_then_once_per_interval(
-    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coordinator_module, "_PUBLISH_INTERVAL_S", FOR_EVER)
+async def test_after_quiet_a_change_is_published_at_once_and_then_as_the_budget_allows(make_fleet: MakeFleet) -> None:
     fleet = await make_fleet(1)
     peer, _ = await fleet.attach()
     first = await peer.receive()  # the answer to the owner's watching
     assert counts(first) == {0: (0, 0)}
+    fleet.coordinator._budget_s = -FOR_EVER
     for number in range(1, 101):
         report(fleet, 0, number, running=number)
         await asyncio.sleep(0)
-    fleet.coordinator._publish()  # as when the interval is over
+    fleet.coordinator._publish()  # as when the budget has grown
     assert counts(await peer.receive()) == {0: (100, 0)}
     fleet.coordinator._publish()
     await fleet.attach()  # a round trip later, nothing more has come
     assert not peer.socket.poll(0)
 
 
-async def test_a_clock_that_ticks_while_counts_are_published_does_not_delay_the_next(
+async def test_publishing_that_took_more_than_its_share_waits_until_it_has_not(
     make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = await make_fleet(1)
-    peer, _ = await fleet.attach()
-    await peer.receive()
-    clock = itertools.count()  # seconds; uvloop's own has whole milliseconds, and may change between any two looks
-    report(fleet, 0, 1, running=1)
+    coordinator = (await make_fleet(1)).coordinator
+    now = coordinator._budget_at
     with monkeypatch.context() as patch:
-        patch.setattr(fleet.coordinator, "_loop", SimpleNamespace(time=lambda: float(next(clock))))
-        fleet.coordinator._publish()
-    assert fleet.coordinator._next_publish - (next(clock) - 1) < 1
+        patch.setattr(coordinator, "_loop", SimpleNamespace(time=lambda: now))
+        coordinator._budget_s = -0.01  # seconds of CPU time, of which there is a hundredth per second
+        assert coordinator._publish_delay() == pytest.approx(1.0)
+        now += 0.75
+        assert coordinator._publish_delay() == pytest.approx(0.25)
+        now += 1000
+        assert coordinator._publish_delay() == 0.0
+        assert coordinator._budget_s == coordinator_module._MAX_BUDGET_S  # not a thousand seconds' worth
 
 
 async def test_constant_reports_do_not_starve_publishing(make_fleet: MakeFleet) -> None:
@@ -263,14 +262,12 @@ async def test_answers_to_the_calls_of_a_client_that_reads_nothing_follow_when_i
     assert not client.results
 
 
-async def test_a_caller_knows_the_counts_from_before_an_answer_with_the_answer(
-    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_caller_knows_the_counts_from_before_an_answer_with_the_answer(make_fleet: MakeFleet) -> None:
     """An engine tells that it pauses before it answers: with the answer, the caller's table must say so, too."""
-    monkeypatch.setattr(coordinator_module, "_PUBLISH_INTERVAL_S", FOR_EVER)
     fleet = await make_fleet(1)
     peer, _ = await fleet.attach()
     await peer.receive()
+    fleet.coordinator._budget_s = -FOR_EVER
     fleet.engines[0].silent = True
     peer.send(messages.CollectiveCall(1, "pause", []))
     await fleet.until(lambda: fleet.engines[0].calls() == [("pause", [])])

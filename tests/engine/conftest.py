@@ -34,7 +34,8 @@ class AuditingRunner(SimulatedRunner):
         self.failures: dict[Key, str] = {}  # requests whose next step is to fail
         self.before_execute: Callable[[], None] = lambda: None
 
-    def execute(self, batch: Batch) -> StepResult:
+    def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
+        meanwhile()
         self.before_execute()
         rows, counts = batch.rows.tolist(), batch.num_new_tokens.tolist()
         self.batches.append([(self._requests[row].key, count) for row, count in zip(rows, counts, strict=True)])
