@@ -16,7 +16,7 @@ from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.config import ModelSource
 
 # Publishing takes at most this share of a core in the long run; what it did not use lets some go out at once.
-_PUBLISH_SHARE = 0.01
+_PUBLISH_SHARE = 0.005
 _MAX_BUDGET_S = 0.002
 # A client that reads nothing is sent no more than this many messages ahead, and all it missed when it reads again.
 _MAX_UNREAD = 1000
@@ -57,7 +57,7 @@ class Coordinator:
         self._members: dict[int, messages.Member] = {}
         self._reports: dict[int, messages.LoadReport] = {}
         self._clients: dict[bytes, _Client] = {}
-        self._publishing: asyncio.TimerHandle | None = None
+        self._publishing: asyncio.Handle | None = None
         self._budget_s = 0.0  # of CPU time for publishing; below zero, it must grow first
         self._budget_at = self._loop.time()
         self._calls: set[asyncio.Task[None]] = set()
@@ -90,7 +90,10 @@ class Coordinator:
         for client in self._clients.values():
             client.unsent.add(engine_id)
         if self._publishing is None and self._clients:
-            self._publishing = self._loop.call_later(self._publish_delay(), self._publish)
+            delay = self._publish_delay()
+            # Not `call_later` with nothing: uvloop's timers tick in milliseconds.
+            later = self._loop.call_later(delay, self._publish) if delay else self._loop.call_soon(self._publish)
+            self._publishing = later
 
     def close(self) -> None:
         """Tell every client that the engines end, and close the socket. Idempotent."""

@@ -105,7 +105,7 @@ async def test_publishing_that_took_more_than_its_share_waits_until_it_has_not(
     now = coordinator._budget_at
     with monkeypatch.context() as patch:
         patch.setattr(coordinator, "_loop", SimpleNamespace(time=lambda: now))
-        coordinator._budget_s = -0.01  # seconds of CPU time, of which there is a hundredth per second
+        coordinator._budget_s = -coordinator_module._PUBLISH_SHARE  # what a second brings
         assert coordinator._publish_delay() == pytest.approx(1.0)
         now += 0.75
         assert coordinator._publish_delay() == pytest.approx(0.25)
