@@ -175,3 +175,10 @@ def test_a_request_without_a_seed_is_given_one_of_its_own() -> None:
     assert len({resolve().seed for _ in range(10)}) == 10
     assert resolve(seed=5).seed == 5
     assert resolve(seed=-1).seed == 2**64 - 1
+
+
+def test_a_callers_array_may_change_after_the_call() -> None:
+    prompt = np.array([1, 2, 3], np.int32)
+    encoded = PREPARATION.encode_prompt(prompt)
+    prompt[:] = 9
+    assert encoded.tolist() == [1, 2, 3]
