@@ -8,6 +8,20 @@ from __future__ import annotations
 import platform
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildBesideSources(build_ext):
+    """Leaves a copy in the source tree: `python -m asyncscale` there imports that, and not what was installed."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.inplace:
+            try:
+                self.copy_extensions_to_source()
+            except OSError as error:
+                self.warn(f"the source tree stays without the native kernels: {error}")
+
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 _X86_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
@@ -36,5 +50,6 @@ def _attention(isa: str, flags: list[str]) -> Extension:
 
 _is_x86 = platform.machine().lower() in ("x86_64", "amd64")
 setup(
-    ext_modules=[_attention(isa, flags) for isa, flags in {"portable": [], **(_X86_FLAGS if _is_x86 else {})}.items()]
+    cmdclass={"build_ext": BuildBesideSources},
+    ext_modules=[_attention(isa, flags) for isa, flags in {"portable": [], **(_X86_FLAGS if _is_x86 else {})}.items()],
 )

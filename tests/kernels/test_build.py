@@ -58,3 +58,22 @@ def test_a_library_that_is_broken_is_passed_over(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(attention, "_FOLDER", tmp_path)
     found = attention.load_attention()
     assert found is None or found.isa != BEST.isa
+
+
+def test_a_build_leaves_the_libraries_beside_their_sources_too(tmp_path: Path) -> None:
+    """Where `python -m asyncscale` in the source tree finds them: it imports that tree, not what was installed."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("needs setuptools")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    sources = tmp_path / "asyncscale" / "kernels"
+    shutil.copytree(ROOT / "asyncscale" / "kernels", sources, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho built > "$2"\n')
+    compiler.chmod(0o755)
+    compilers = {"CC": str(compiler), "CXX": str(compiler), "LDSHARED": str(compiler), "LDCXXSHARED": str(compiler)}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | compilers, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    built = {path.name for path in (tmp_path / "lib").rglob("_attention_*.so")}
+    assert any("portable" in name for name in built)
+    assert {path.name for path in sources.glob("_attention_*.so")} == built
