@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
@@ -15,9 +14,9 @@ from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.config import ModelSource
 
-# Publishing takes at most this share of a core in the long run; what it did not use lets some go out at once.
-_PUBLISH_SHARE = 0.005
-_MAX_BUDGET_S = 0.002
+# After quiet, changed counts go out at once; then what changes within so many seconds per client goes out together, so
+# that publishing takes a percent of the loop's time however many clients there are.
+_PUBLISH_INTERVAL_S = 0.002
 # A client that reads nothing is sent no more than this many messages ahead, and all it missed when it reads again.
 _MAX_UNREAD = 1000
 _RETRY_INTERVAL_S = 0.1
@@ -58,8 +57,7 @@ class Coordinator:
         self._reports: dict[int, messages.LoadReport] = {}
         self._clients: dict[bytes, _Client] = {}
         self._publishing: asyncio.Handle | None = None
-        self._budget_s = 0.0  # of CPU time for publishing; below zero, it must grow first
-        self._budget_at = self._loop.time()
+        self._next_publish = 0.0
         self._calls: set[asyncio.Task[None]] = set()
         socket = transport.bind_router(context, self.address, max_unread=_MAX_UNREAD)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
@@ -90,10 +88,10 @@ class Coordinator:
         for client in self._clients.values():
             client.unsent.add(engine_id)
         if self._publishing is None and self._clients:
-            delay = self._publish_delay()
-            # Not `call_later` with nothing: uvloop's timers tick in milliseconds.
-            later = self._loop.call_later(delay, self._publish) if delay else self._loop.call_soon(self._publish)
-            self._publishing = later
+            if self._loop.time() < self._next_publish:
+                self._publishing = self._loop.call_at(self._next_publish, self._publish)
+            else:
+                self._publishing = self._loop.call_soon(self._publish)
 
     def close(self) -> None:
         """Tell every client that the engines end, and close the socket. Idempotent."""
@@ -107,21 +105,14 @@ class Coordinator:
 
     # --- what clients are sent
 
-    def _publish_delay(self) -> float:
-        """Seconds until counts may go out: none, unless publishing has taken more than its share of late."""
-        now = self._loop.time()
-        self._budget_s = min(_MAX_BUDGET_S, self._budget_s + _PUBLISH_SHARE * (now - self._budget_at))
-        self._budget_at = now
-        return max(0.0, -self._budget_s / _PUBLISH_SHARE)
-
     def _publish(self) -> None:
         """Tell each client the counts that it does not know yet; those who are behind wait for their turn."""
         self._publishing = None
-        start = time.thread_time()  # a loop's clock may tick in whole milliseconds: uvloop's does
         for identity, client in list(self._clients.items()):
             if client.unsent and not client.behind:
                 self._update(identity, client)
-        self._budget_s -= time.thread_time() - start
+        interval = min(_PUBLISH_INTERVAL_S * len(self._clients), messages.LOAD_INTERVAL_S)
+        self._next_publish = self._loop.time() + interval
 
     def _tell_all(self, message: messages.FromCoordinator) -> None:
         for identity, client in list(self._clients.items()):

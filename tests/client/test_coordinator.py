@@ -82,36 +82,35 @@ async def test_a_newcomer_sees_engines_that_come_and_go_after_it(make_fleet: Mak
 # --- how often
 
 
-async def test_after_quiet_a_change_is_published_at_once_and_then_as_the_budget_allows(make_fleet: MakeFleet) -> None:
+async def test_after_quiet_a_change_is_published_at_once_then_once_per_interval(make_fleet: MakeFleet) -> None:
     fleet = await make_fleet(1)
     peer, _ = await fleet.attach()
     first = await peer.receive()  # the answer to the owner's watching
     assert counts(first) == {0: (0, 0)}
-    fleet.coordinator._budget_s = -FOR_EVER
+    fleet.coordinator._next_publish = FOR_EVER
     for number in range(1, 101):
         report(fleet, 0, number, running=number)
         await asyncio.sleep(0)
-    fleet.coordinator._publish()  # as when the budget has grown
+    fleet.coordinator._publish()  # as when the interval is over
     assert counts(await peer.receive()) == {0: (100, 0)}
     fleet.coordinator._publish()
     await fleet.attach()  # a round trip later, nothing more has come
     assert not peer.socket.poll(0)
 
 
-async def test_publishing_that_took_more_than_its_share_waits_until_it_has_not(
+async def test_the_more_clients_the_rarer_are_counts_published_but_never_rarer_than_engines_tell_them(
     make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coordinator = (await make_fleet(1)).coordinator
-    now = coordinator._budget_at
+    fleet = await make_fleet(1)
+    await fleet.attach()
+    await fleet.attach()
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator, "_loop", SimpleNamespace(time=lambda: now))
-        coordinator._budget_s = -coordinator_module._PUBLISH_SHARE  # what a second brings
-        assert coordinator._publish_delay() == pytest.approx(1.0)
-        now += 0.75
-        assert coordinator._publish_delay() == pytest.approx(0.25)
-        now += 1000
-        assert coordinator._publish_delay() == 0.0
-        assert coordinator._budget_s == coordinator_module._MAX_BUDGET_S  # not a thousand seconds' worth
+        patch.setattr(fleet.coordinator, "_loop", SimpleNamespace(time=lambda: 1000.0))
+        fleet.coordinator._publish()
+        assert fleet.coordinator._next_publish == pytest.approx(1000 + 2 * coordinator_module._PUBLISH_INTERVAL_S)
+        patch.setattr(coordinator_module, "_PUBLISH_INTERVAL_S", FOR_EVER)
+        fleet.coordinator._publish()
+        assert fleet.coordinator._next_publish == pytest.approx(1000 + messages.LOAD_INTERVAL_S)
 
 
 async def test_constant_reports_do_not_starve_publishing(make_fleet: MakeFleet) -> None:
@@ -267,7 +266,7 @@ async def test_a_caller_knows_the_counts_from_before_an_answer_with_the_answer(m
     fleet = await make_fleet(1)
     peer, _ = await fleet.attach()
     await peer.receive()
-    fleet.coordinator._budget_s = -FOR_EVER
+    fleet.coordinator._next_publish = FOR_EVER
     fleet.engines[0].silent = True
     peer.send(messages.CollectiveCall(1, "pause", []))
     await fleet.until(lambda: fleet.engines[0].calls() == [("pause", [])])
