@@ -359,15 +359,14 @@ async def test_engines_that_leave_while_a_client_attaches_end_its_start(
     async with AsyncScaleClient(FAST, num_engines=1) as owner:
         (engine,) = owner._engines.supervisor.engines.values()  # type: ignore[attr-defined]
         entered, release = slow_tokenizer(monkeypatch)
-        start = asyncio.ensure_future(AsyncScaleClient.attach(owner.address).start())
+        client = AsyncScaleClient.attach(owner.address)
+        start = asyncio.ensure_future(client.start())
         await asyncio.to_thread(entered.wait)
         if event == "the engine dies":
             os.kill(engine.pid, signal.SIGKILL)
-            async for loads in owner.watch_loads():
-                if not loads:
-                    break
         else:
             await owner.close()
+        await until(lambda: not client._engines.members)
         release.set()
         with pytest.raises(AsyncScaleError):
             await asyncio.wait_for(start, 5)

@@ -349,7 +349,8 @@ def test_ctrl_c_while_engines_start_is_the_owners_affair_alone(workspace: Path) 
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_ctrl_c_while_tokens_stream(workspace: Path, times: int) -> None:
     stderr = signalled(workspace, "ready", 0, delay=0.1, group=True, sent=[signal.SIGINT] * times)
-    assert stderr.strip().endswith("KeyboardInterrupt")
+    # A later signal may meet the interpreter's own exit, which names it with a colon.
+    assert stderr.strip().splitlines()[-1].startswith("KeyboardInterrupt")
     assert "spawn_main" not in stderr
 
 
