@@ -8,6 +8,8 @@ from asyncscale.errors import ClientClosedError, ClientStateError
 
 
 class State(enum.Enum):
+    """In the order in which a client passes through them; the values are for people."""
+
     NEW = "not started"
     STARTING = "starting"
     RUNNING = "running"
