@@ -14,8 +14,8 @@ from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.config import ModelSource
 
-# After quiet, changed counts go out at once; then what changes within so many seconds per client goes out together, so
-# that publishing takes a percent of the loop's time however many clients there are.
+# After quiet, changed counts go out at once; then what changes within so many seconds per client goes out together: the
+# more clients, the more a publish costs, and the rarer it is.
 _PUBLISH_INTERVAL_S = 0.002
 # A client that reads nothing is sent no more than this many messages ahead, and all it missed when it reads again.
 _MAX_UNREAD = 1000

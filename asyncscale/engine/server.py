@@ -128,7 +128,7 @@ class EngineServer:
             peer = self._peers.get(client)
             if peer is not None:
                 peer.told_version = max(peer.told_version, outputs.load.version)
-                if peer.watches_loads:
+                if peer.watches_loads and outputs.load.version == self._core.load_version:  # else the shares are newer
                     outputs = msgspec.structs.replace(outputs, by_client=self._core.by_client())
             self._send(client, outputs)
         if len(self._peers) > 1:
