@@ -10,6 +10,8 @@ _MAX_NUM_SEQS = 65_536
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+Fault = Literal["error", "raise", "exit", "kill", "segfault", "hang"]
+
 
 class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated", forbid_unknown_fields=True):
     """A `model=` that sleeps a modelled step time instead of computing; needs no weights and no torch.
@@ -21,6 +23,10 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     A step takes `base_ms` milliseconds, plus `decode_us` microseconds for each request that decodes in it,
     plus `prefill_us` microseconds for each prompt token computed in it. Token ids are a fixed function of prompt,
     seed (when sampling) and position. About one token in `mean_output_tokens` is the end-of-sequence token.
+
+    faults: what happens to the engine in a step that computes a request whose prompt holds this token id, for tests of
+    what a program does then: "error" (the request fails, and nothing else), "raise" (an exception), "exit" (code 3),
+    "kill" (by SIGKILL, as when memory runs out), "segfault", "hang" (the step never ends).
     """
 
     base_ms: float = 1.0
@@ -31,6 +37,7 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     num_kv_blocks: int = 65_536
     mean_output_tokens: int = 64
     load_s: float = 0.0
+    faults: dict[int, Fault] = {}
 
     def __post_init__(self) -> None:
         for name in ("base_ms", "decode_us", "prefill_us", "load_s"):
@@ -127,3 +134,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def stderr_path(self) -> str:
         """Where it writes its stderr."""
         return f"{self.folder}/{self.name}.stderr"
+
+    @property
+    def progress_path(self) -> str:
+        """Where it shows its progress: see `asyncscale.progress`."""
+        return f"{self.folder}/{self.name}.progress"

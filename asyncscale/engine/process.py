@@ -25,6 +25,7 @@ from asyncscale.engine.core import EngineCore
 from asyncscale.engine.runner import Runner
 from asyncscale.engine.server import EngineServer
 from asyncscale.errors import ModelLoadError
+from asyncscale.progress import Progress
 
 
 def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
@@ -52,7 +53,9 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
         )
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = transport.bind_router(context, spec.address)
-        server = EngineServer(EngineCore(runner, spec.config), socket, spec.num_engines)
+        progress = Progress(spec.progress_path)
+        runner.tick = progress.tick
+        server = EngineServer(EngineCore(runner, spec.config), socket, spec.num_engines, progress)
     except BaseException as error:
         text = traceback.format_exc()
         tell(messages.Failed(text, str(error) if isinstance(error, ModelLoadError) else None))

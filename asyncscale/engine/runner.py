@@ -14,6 +14,8 @@ class Runner(Protocol):
 
     vocab_size, max_model_len, num_blocks (KV-cache blocks that it has room for) and dtype are known once it is made.
     supports_prefix_caching: whether keys and values depend on nothing but the tokens up to their own.
+    tick: to be called again and again while a batch is computed, at least after each layer. It is how a long step is
+    told from one that hangs; whoever runs the engine may set it.
     """
 
     vocab_size: int
@@ -21,6 +23,7 @@ class Runner(Protocol):
     num_blocks: int
     dtype: str
     supports_prefix_caching: bool
+    tick: Callable[[], None]
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on (also when it comes back after a preemption)."""

@@ -13,6 +13,7 @@ import zmq
 from asyncscale import messages, transport
 from asyncscale.engine.core import EngineCore
 from asyncscale.engine.profiler import Profiler
+from asyncscale.progress import Progress
 
 # Who watches is told of changes at most so often: all engines together keep it busy for one or two percent of its time.
 _WATCH_INTERVAL_S = 0.0005  # times the number of engines
@@ -28,11 +29,14 @@ class _Peer:
 
 
 class EngineServer:
-    """An `EngineCore` behind a ROUTER socket."""
+    """An `EngineCore` behind a ROUTER socket. progress: where to show that it goes on."""
 
-    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes], num_engines: int) -> None:
+    def __init__(
+        self, core: EngineCore, socket: zmq.Socket[bytes], num_engines: int, progress: Progress | None = None
+    ) -> None:
         self._core = core
         self._socket = socket
+        self._progress = progress or Progress()
         self._methods = {**core.methods, "profile": Profiler().profile, "process_info": self._process_info}
         self._peers: dict[bytes, _Peer] = {}
         self._outputs: dict[bytes, messages.Outputs] = {}  # of the last step, not sent yet
@@ -48,6 +52,7 @@ class EngineServer:
             self._receive()
             if self._core.has_work:
                 outputs = self._core.step(meanwhile=self._send_outputs)
+                self._progress.end_step()
                 self._send_outputs()  # those of the step before, if this one computed nothing
                 self._outputs = outputs
             self._settle()
@@ -64,7 +69,9 @@ class EngineServer:
     def _receive(self) -> None:
         """Take all that has arrived; without work to do, sleep until something does."""
         if not self._core.has_work:
+            self._progress.rest()
             self._socket.poll(self._idle_ms())
+            self._progress.work()
         while (frames := transport.receive(self._socket)) is not None:
             message = messages.decode(messages.to_engine_decoder, frames[1]) if len(frames) == 2 else None
             if message is None:

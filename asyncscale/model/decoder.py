@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,11 +46,12 @@ class Decoder:
         plans: dict[int | None, AttentionPlan],
         write_rows: Tensor,
         cache: KVCache,
+        tick: Callable[[], None],
     ) -> Tensor:
         """Hidden states, float32[tokens, hidden_size], of all tokens of a step; their keys and values go to the cache.
 
         token_ids, positions, lengths: int64[tokens]; see RotaryEmbedding.cos_sin for lengths.
-        plans: by sliding window. write_rows: of KVCache.write_rows.
+        plans: by sliding window. write_rows: of KVCache.write_rows. tick: is called several times in each layer.
         """
         dtype = self._embedding.dtype
         cos, sin = self.rotary.cos_sin(positions, lengths)
@@ -57,10 +60,13 @@ class Decoder:
             normed = self._rms_norm(hidden, layer.input_norm).to(dtype)
             queries, keys, values = layer.project(normed, cos, sin, self._eps)
             cache.write(index, write_rows, keys, values)
+            tick()
             attended = plans[layer.window].attend(index, queries)
+            tick()
             hidden += layer.output(attended.view(len(attended), -1))
             normed = self._rms_norm(hidden, layer.post_attention_norm).to(dtype)
             hidden += layer.mlp(normed)
+            tick()
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

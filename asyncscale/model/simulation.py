@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from hashlib import blake2b
@@ -9,12 +12,13 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from asyncscale.config import EngineConfig, SimulatedModel
+from asyncscale.config import EngineConfig, Fault, SimulatedModel
 from asyncscale.engine.batch import Batch, Int32, StepResult
 from asyncscale.engine.request import Request
 from asyncscale.messages import TokenLogprobs
 
 EOS_TOKEN_ID = 256  # below it, token ids are bytes of text
+_TICK_S = 0.1
 _UNLIKELY = -20.0  # log-probability of every token that was not chosen
 
 UInt64 = npt.NDArray[np.uint64]
@@ -45,6 +49,8 @@ class SimulatedRunner:
         self._min_token_rows: set[int] = set()
         self._logprob_rows: set[int] = set()
         self._prompt_logprob_rows: set[int] = set()
+        self._fault_rows: dict[int, Fault] = {}
+        self.tick: Callable[[], None] = lambda: None
         time.sleep(model.load_s)
 
     def add(self, row: int, request: Request) -> None:
@@ -58,12 +64,18 @@ class SimulatedRunner:
             self._logprob_rows.add(row)
         if sampling.prompt_logprobs is not None:
             self._prompt_logprob_rows.add(row)
+        if self._model.faults:
+            prompt = request.token_ids[: request.num_prompt_tokens].tolist()
+            fault = next((self._model.faults[token] for token in prompt if token in self._model.faults), None)
+            if fault is not None:
+                self._fault_rows[row] = fault
 
     def remove(self, row: int) -> None:
         del self._requests[row]
         self._min_token_rows.discard(row)
         self._logprob_rows.discard(row)
         self._prompt_logprob_rows.discard(row)
+        self._fault_rows.pop(row, None)
 
     def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         start = time.monotonic()
@@ -82,8 +94,29 @@ class SimulatedRunner:
                 if row in self._logprob_rows:
                     logprobs[row] = self._logprobs(token_id, self._requests[row].sampling.logprobs or 0)
         prompt_logprobs = self._prompt_logprobs(batch) if self._prompt_logprob_rows else {}
-        _sleep_until(start + self._step_seconds(batch))
+        if self._fault_rows:
+            errors |= self._fail(batch)
+        self._sleep_until(start + self._step_seconds(batch))
         return StepResult(sampled, token_ids, logprobs, prompt_logprobs, errors)
+
+    def _fail(self, batch: Batch) -> dict[int, str]:
+        """What the faults in the batch ask for. Returns the rows that fail alone."""
+        errors = {}
+        for row in batch.rows.tolist():
+            match self._fault_rows.get(row):
+                case "error":
+                    errors[row] = "the prompt asked the simulated model for an error"
+                case "raise":
+                    raise RuntimeError("a prompt asked the simulated model for an exception")
+                case "exit":
+                    os._exit(3)
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "segfault":
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                case "hang":
+                    threading.Event().wait()
+        return errors
 
     def _tokens(self, keys: UInt64, positions: Int32) -> Int32:
         bits = _mix(keys + positions.astype(np.uint64) * _GOLDEN)
@@ -140,12 +173,11 @@ class SimulatedRunner:
             model.base_ms * 1e-3 + model.decode_us * 1e-6 * num_decodes + model.prefill_us * 1e-6 * num_prefill_tokens
         )
 
-
-def _sleep_until(deadline: float) -> None:
-    """Of time.monotonic; returns at once when it has passed."""
-    remaining = deadline - time.monotonic()
-    if remaining > 0:
-        time.sleep(remaining)
+    def _sleep_until(self, deadline: float) -> None:
+        """Of time.monotonic; returns at once when it has passed."""
+        while (remaining := deadline - time.monotonic()) > 0:
+            self.tick()
+            time.sleep(min(remaining, _TICK_S))
 
 
 def _key(request: Request) -> int:

@@ -62,6 +62,7 @@ class TorchRunner:
         self._attention = make_attention(self._cache, model.num_heads)
         self._sampler = Sampler(config.max_num_seqs, self.vocab_size)
         self._prompt_logprobs: dict[int, int] = {}
+        self.tick: Callable[[], None] = lambda: None
         report("warm-up", 0.0)
         self._warm_up(config.block_size)
         report("warm-up", 1.0)
@@ -112,6 +113,7 @@ class TorchRunner:
             plans,
             self._cache.write_rows(self._tensor(blocks), self._tensor(positions % table.block_size)),
             self._cache,
+            self.tick,
         )
 
     def _prompt_logprobs_of(self, batch: Batch, index: int, hidden: Tensor) -> list[TokenLogprobs]:
@@ -124,6 +126,7 @@ class TorchRunner:
             part = token_ids[begin : begin + _LOGITS_ROWS]
             logits = self._decoder.logits(hidden[begin : begin + len(part)])
             result += prompt_logprobs(logits, part, self._prompt_logprobs[row])
+            self.tick()
         return result
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:

@@ -1,0 +1,32 @@
+"""When an engine that died is started again, and when no more. No I/O, no clock of its own."""
+
+from __future__ import annotations
+
+# A life of so many seconds is a good one: what ended it has nothing to do with how the engine began.
+_GOOD_LIFE_S = 10.0
+_FIRST_DELAY_S = 0.1
+_LONGEST_DELAY_S = 30.0
+
+
+class RestartHistory:
+    """The deaths of one engine, and what follows from them::
+
+        history = RestartHistory(max_restarts=8)
+        delay = history.died(lived_s)           # None: it has died too often
+
+    lived_s: seconds for which it was ready to serve. It is started again at once after a good life, and with growing
+    delays after short ones; when `max_restarts` lives in a row were short, it is given up.
+    """
+
+    def __init__(self, max_restarts: int) -> None:
+        self._max_restarts = max_restarts
+        self._num_short_lives = 0
+
+    def died(self, lived_s: float) -> float | None:
+        """Seconds to wait before the next start; None: there is none."""
+        self._num_short_lives = 0 if lived_s >= _GOOD_LIFE_S else self._num_short_lives + 1
+        if self._num_short_lives > self._max_restarts:
+            return None
+        if self._num_short_lives <= 1:
+            return 0.0
+        return float(min(_FIRST_DELAY_S * 2 ** (self._num_short_lives - 2), _LONGEST_DELAY_S))

@@ -1,0 +1,79 @@
+"""How far an engine is, in a small file beside its socket: an engine that hangs can say nothing, and this is seen.
+
+The engine maps the file and writes to memory; whoever wants to know reads the file. Three 64-bit numbers: ticks (grow with every sign of work), resting (1 while the engine waits for messages), and the time when the last step
+ended, in nanoseconds of the monotonic clock, which all processes of a host share (0: none yet).
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+
+_FORMAT = struct.Struct("=3Q")
+_TICKS, _RESTING, _STEP_ENDED = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What was to be seen of an engine's progress at one moment. step_ended: seconds of the monotonic clock."""
+
+    ticks: int
+    resting: bool
+    step_ended: float | None
+
+
+class Progress:
+    """The engine's side::
+
+        progress = Progress(path)      # the file is made by who starts the engine, with `make_file`
+        progress.work()
+        progress.tick()                # again and again
+        progress.end_step()
+        progress.rest()
+
+    Each call costs a store to memory. Without a path, nobody sees it.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        if path is None:
+            memory = mmap.mmap(-1, _FORMAT.size)
+        else:
+            with open(path, "r+b") as file:
+                memory = mmap.mmap(file.fileno(), _FORMAT.size)
+        self._cells = memoryview(memory).cast("Q")
+
+    def work(self) -> None:
+        """There is something to do."""
+        self._cells[_RESTING] = 0
+        self.tick()
+
+    def rest(self) -> None:
+        """From now on, wait for messages."""
+        self._cells[_RESTING] = 1
+
+    def tick(self) -> None:
+        """Something was done."""
+        self._cells[_TICKS] += 1
+
+    def end_step(self) -> None:
+        """A step is complete."""
+        self._cells[_STEP_ENDED] = time.monotonic_ns()
+        self.tick()
+
+
+def make_file(path: str) -> None:
+    """For an engine that is started next: it rests until it says something else."""
+    with open(path, "xb") as file:
+        file.write(_FORMAT.pack(0, 1, 0))
+
+
+def look(path: str) -> Sight | None:
+    """What the engine shows now; None when there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            ticks, resting, step_ended = _FORMAT.unpack(file.read(_FORMAT.size))
+    except (OSError, struct.error):
+        return None
+    return Sight(ticks, bool(resting), step_ended / 1e9 if step_ended else None)
