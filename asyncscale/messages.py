@@ -240,13 +240,17 @@ FromFrontend = Returned | Raised
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
-    """An engine that takes requests. `load.mine` is the receiving client's."""
+    """An engine that takes requests. `load.mine` is the receiving client's.
+
+    incarnation: how often it was started again. last_error: how the incarnation before this one ended.
+    """
 
     engine_id: int
     incarnation: int
     address: str
     facts: EngineFacts
     load: Load
+    last_error: str | None = None
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
@@ -270,17 +274,6 @@ class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collecti
 ToCoordinator = Attach | Detach | CollectiveCall
 
 
-class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    """Answer to Attach: the model, and every engine with its counts.
-
-    Sent again to a client that could not be told of every change; it replaces what the client knew.
-    """
-
-    version: int
-    model: ModelSource
-    members: list[Member]
-
-
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
     """An engine takes requests from now on."""
 
@@ -288,12 +281,30 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
-    """An engine died (`reason` says how) or was removed."""
+    """An engine died.
+
+    reason: how, in a sentence; stderr_tail: the end of what it wrote to stderr. returns: it is started again, and will
+    be announced by Joined; sent once more, with False, when it is given up.
+    """
 
     engine_id: int
     incarnation: int
     reason: str
     exit_code: int | None
+    stderr_tail: str = ""
+    returns: bool = False
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
+    """Answer to Attach: the model, every engine with its counts, and those that died and are not back.
+
+    Sent again to a client that could not be told of every change; it replaces what the client knew.
+    """
+
+    version: int
+    model: ModelSource
+    members: list[Member]
+    left: list[Left] = []
 
 
 class Counts(msgspec.Struct, frozen=True, array_like=True, tag="counts"):

@@ -1,7 +1,8 @@
 """How far an engine is, in a small file beside its socket: an engine that hangs can say nothing, and this is seen.
 
-The engine maps the file and writes to memory; whoever wants to know reads the file. Three 64-bit numbers: ticks (grow with every sign of work), resting (1 while the engine waits for messages), and the time when the last step
-ended, in nanoseconds of the monotonic clock, which all processes of a host share (0: none yet).
+The engine maps the file and writes to memory; whoever wants to know reads the file. Three 64-bit numbers: ticks, which
+grow with every sign of work; resting, 1 while the engine waits for messages; and the time when the last step ended, in
+nanoseconds of the monotonic clock, which all processes of a host share (0: none yet).
 """
 
 from __future__ import annotations

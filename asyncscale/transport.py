@@ -41,6 +41,11 @@ def coordinator_address(folder: str) -> str:
     return f"ipc://{folder}/coordinator"
 
 
+def progress_path(address: str) -> str | None:
+    """Where the engine with this address shows its progress (see `asyncscale.progress`); None on another host."""
+    return f"{address.removeprefix('ipc://')}.progress" if address.startswith("ipc://") else None
+
+
 def is_listening(address: str) -> bool:
     """Whether a process has bound this ipc address; False for what is no address at all."""
     with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM) as probe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from multiprocessing.process import BaseProcess
 
@@ -41,6 +42,17 @@ def release(process: BaseProcess) -> None:
     process.join(_COLLECT_S)
     with contextlib.suppress(ValueError):  # where somebody else collects children, its end is never known here
         process.close()
+
+
+def activity(pid: int) -> tuple[str | None, float | None]:
+    """State (one letter: "T" is stopped) and seconds of CPU used so far, of all its threads; None where the system, or
+    a process that is gone, does not tell. Format: proc_pid_stat(5) of Linux."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()  # before it, a name that may hold anything
+    except OSError:
+        return None, None
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def describe_exit(code: int | None) -> str:

@@ -22,13 +22,13 @@ from asyncscale.client.options import engine_config, find_model, routing_policy
 from asyncscale.client.policies import EngineLoad, Policy
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.progress import StartProgress
+from asyncscale.client.roster import EngineHealth
 from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.state import State, wrong_state
 from asyncscale.client.submission import Submission
 from asyncscale.client.supervisor import Launch
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.errors import (
-    AsyncScaleError,
     ClientClosedError,
     ClientStateError,
     EngineDeadError,
@@ -51,8 +51,13 @@ class AsyncScaleClient:
     model: a built-in name, a local Hugging Face folder or GGUF file, a Hugging Face hub id, or a `SimulatedModel`.
     num_engines: each is a process with a whole copy of the model; "auto" is one per usable core, at most four.
     routing: "least-loaded", "least-tokens", "round-robin", or a function (loads, request) -> one of the loads.
-    start_timeout: seconds until all engines must be ready. progress: show bars on stderr; None does when it is a
-    terminal. **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
+    start_timeout: seconds until all engines must be ready. An engine that dies is started again, and its requests go on
+    at another one. restart_timeout: seconds for which they wait for it while there is no other.
+    max_restarts: so many short lives (under 10 s) in a row, and an engine stays dead. hang_timeout: seconds without
+    progress after which an engine that neither computes nor waits for requests is killed and started again (a stopped
+    one after a tenth, one that uses CPU after ten times as long); None: never.
+    progress: show bars on stderr; None does when it is a terminal.
+    **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
 
     Raises TypeError and ValueError for wrong options here; `start` raises ModelLoadError and EngineStartError.
     It belongs to the event loop that it is started on.
@@ -65,6 +70,9 @@ class AsyncScaleClient:
         num_engines: int | Literal["auto"] = "auto",
         routing: str | Policy = "least-loaded",
         start_timeout: float = 300.0,
+        restart_timeout: float = 60.0,
+        max_restarts: int = 8,
+        hang_timeout: float | None = 10.0,
         progress: bool | None = None,
         **options: Any,
     ) -> None:
@@ -78,11 +86,15 @@ class AsyncScaleClient:
         self._num_engines = auto_num_engines() if num_engines == "auto" else num_engines
         self._config = engine_config(options)
         self._start_timeout = start_timeout
+        self._max_restarts = max_restarts
+        self._hang_timeout = hang_timeout
         self._progress = progress
-        self._prepare(routing, None)
+        self._prepare(routing, restart_timeout, None)
 
     @classmethod
-    def attach(cls, address: str, *, routing: str | Policy = "least-loaded") -> AsyncScaleClient:
+    def attach(
+        cls, address: str, *, routing: str | Policy = "least-loaded", restart_timeout: float = 60.0
+    ) -> AsyncScaleClient:
         """A client of engines that another process owns: `address` is that client's `address`.
 
         ::
@@ -94,11 +106,12 @@ class AsyncScaleClient:
         if not isinstance(address, str) or not address.startswith("ipc://"):
             raise ValueError(f"address must be what another client's .address gave, got {address!r}")
         client = cls.__new__(cls)
-        client._prepare(routing, address)
+        client._prepare(routing, restart_timeout, address)
         return client
 
-    def _prepare(self, routing: str | Policy, attach_to: str | None) -> None:
+    def _prepare(self, routing: str | Policy, restart_timeout: float, attach_to: str | None) -> None:
         self._policy = routing_policy(routing)
+        self._restart_timeout = restart_timeout
         self._attach_to = attach_to
         self._state = State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,7 +135,7 @@ class AsyncScaleClient:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._cleanup.callback(self._context.destroy, linger=0)
-        self._dispatcher = Dispatcher(self._context, self._identity, self._policy)
+        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._restart_timeout)
         self._starting = asyncio.ensure_future(
             self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to)
         )
@@ -146,7 +159,15 @@ class AsyncScaleClient:
                 source = self._model
             else:
                 source = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
-            launch = Launch(source, self._config, self._num_engines, self._start_timeout, progress.on_loading)
+            launch = Launch(
+                source,
+                self._config,
+                self._num_engines,
+                self._start_timeout,
+                progress.on_loading,
+                self._max_restarts,
+                self._hang_timeout,
+            )
             self._use(OwnedEngines(self._context, launch, self._dispatcher))
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
@@ -154,7 +175,7 @@ class AsyncScaleClient:
                     group.create_task(self._engines.start())
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
-            self._connect(codec.result())
+            await self._connect(codec.result())
         facts = self._submission.facts
         logger.info(
             "%d engines ready in %.1f s: %s, %s, context %d tokens, KV cache %d blocks of %d tokens each; attach at %s",
@@ -171,21 +192,18 @@ class AsyncScaleClient:
     async def _start_attached(self, address: str) -> None:
         self._use(AttachedEngines(self._context, self._identity, address, self._dispatcher))
         await self._engines.start()
-        self._connect(await asyncio.to_thread(load_codec, self._engines.model))
-        logger.debug("attached to %d engines at %s", len(self._engines.members), address)
+        await self._connect(await asyncio.to_thread(load_codec, self._engines.model))
+        logger.debug("attached to %d engines at %s", len(self._engines.roster.members), address)
 
     def _use(self, engines: Engines) -> None:
         self._engines = engines
         self._cleanup.push_async_callback(engines.stop)
         self._cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
 
-    def _connect(self, codec: TextCodec) -> None:
-        members = self._engines.members  # of this moment: one that was ready may have died since
-        if not members:
-            raise self._dispatcher.last_death or AsyncScaleError("there is no engine to connect to")
-        self._submission = Submission(Preparation(codec, members[0].facts), self._dispatcher)
-        for member in members:
-            self._dispatcher.join(member)
+    async def _connect(self, codec: TextCodec) -> None:
+        await self._dispatcher.wait_engine()  # one that was ready may have died since
+        facts = self._engines.roster.members[0].facts
+        self._submission = Submission(Preparation(codec, facts), self._dispatcher)
 
     async def close(self, drain: bool = True, timeout: float | None = 60.0) -> None:
         """End the client and, if it owns them, its engines.
@@ -322,6 +340,16 @@ class AsyncScaleClient:
         """The newest counts of every engine, and their age. Asks nobody."""
         self._check_usable()
         return self._dispatcher.loads()
+
+    def health(self) -> tuple[EngineHealth, ...]:
+        """How every engine is: state, age of its last step, restarts, last error. Asks nobody.
+
+        ::
+
+            [engine.engine_id for engine in client.health() if engine.state != "ready"]
+        """
+        self._check_usable()
+        return self._engines.roster.health()
 
     async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::

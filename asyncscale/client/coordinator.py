@@ -12,6 +12,7 @@ import zmq
 from asyncscale import messages, transport
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
+from asyncscale.client.roster import Roster
 from asyncscale.config import ModelSource
 
 # After quiet, changed counts go out at once; then what changes within so many seconds per client goes out together: the
@@ -35,7 +36,7 @@ class _Client:
 
 
 class Coordinator:
-    """Keeps the members and their newest loads; a client that attaches gets both at once, and every change after that.
+    """Tells every client who is in the roster, and the newest loads: all of it at once when it attaches, then changes.
 
     Each client is sent its own share in the counts (`Load.mine`), so the same report means something else to each.
     dispatcher: the owner's own; what it hears of the engines' loads is passed on, and calls of all clients go through
@@ -47,13 +48,14 @@ class Coordinator:
         context: zmq.Context[zmq.Socket[bytes]],
         folder: str,
         model: ModelSource,
+        roster: Roster,
         dispatcher: Dispatcher,
     ) -> None:
         self.address = transport.coordinator_address(folder)
         self._loop = asyncio.get_running_loop()
         self._model = model
         self._dispatcher = dispatcher
-        self._members: dict[int, messages.Member] = {}
+        self._roster = roster
         self._reports: dict[int, messages.LoadReport] = {}
         self._clients: dict[bytes, _Client] = {}
         self._publishing: asyncio.Handle | None = None
@@ -67,22 +69,21 @@ class Coordinator:
 
     def join(self, member: messages.Member) -> None:
         """An engine takes requests from now on."""
-        self._members[member.engine_id] = member
+        self._roster.join(member)
         self._tell_all(messages.Joined(member))
 
-    def leave(self, engine_id: int, reason: str, exit_code: int | None) -> None:
-        """An engine is gone."""
-        member = self._members.pop(engine_id, None)
-        self._reports.pop(engine_id, None)
+    def leave(self, left: messages.Left) -> None:
+        """An engine is gone, or is given up after that."""
+        self._reports.pop(left.engine_id, None)
         for client in self._clients.values():
-            client.unsent.discard(engine_id)
-        if member is not None:
-            self._tell_all(messages.Left(engine_id, member.incarnation, reason, exit_code))
+            client.unsent.discard(left.engine_id)
+        if self._roster.leave(left):
+            self._tell_all(left)
 
     def _on_load_report(self, engine_id: int, report: messages.LoadReport) -> None:
         """An engine's counts changed."""
         known = self._reports.get(engine_id)
-        if engine_id not in self._members or (known is not None and report.load.version < known.load.version):
+        if engine_id not in self._roster or (known is not None and report.load.version < known.load.version):
             return
         self._reports[engine_id] = report
         for client in self._clients.values():
@@ -145,17 +146,17 @@ class Coordinator:
     def _load_for(self, identity: bytes, engine_id: int) -> messages.Load:
         report = self._reports.get(engine_id)
         if report is None:  # nobody watched so far: whoever asks is new, and has nothing there
-            load = self._dispatcher.newest_load(engine_id) or self._members[engine_id].load
+            load = self._dispatcher.newest_load(engine_id) or self._roster[engine_id].load
             return msgspec.structs.replace(load, mine=0, my_tokens=0)
         mine, my_tokens = (report.by_client or {}).get(identity, (0, 0))
         return msgspec.structs.replace(report.load, mine=mine, my_tokens=my_tokens)
 
     def _welcome(self, identity: bytes) -> messages.Welcome:
         members = [
-            msgspec.structs.replace(member, load=self._load_for(identity, engine_id))
-            for engine_id, member in sorted(self._members.items())
+            msgspec.structs.replace(member, load=self._load_for(identity, member.engine_id))
+            for member in self._roster.members
         ]
-        return messages.Welcome(messages.PROTOCOL_VERSION, self._model, members)
+        return messages.Welcome(messages.PROTOCOL_VERSION, self._model, members, self._roster.left)
 
     def _send(self, identity: bytes, message: messages.FromCoordinator) -> bool:
         """Whether it was sent. A client that is gone is forgotten; one that does not read must be sent it later."""

@@ -17,6 +17,7 @@ import zmq
 from asyncscale import messages
 from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.connection import EngineConnection
+from asyncscale.client.outages import Outages
 from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest
 from asyncscale.client.router import Router
 from asyncscale.client.stream import RequestStream
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 _FIRST_MEAN_OUTPUT_TOKENS = 256.0
 _MEAN_OUTPUT_WEIGHT = 0.05
 
+# What an engine that comes later must be told as well.
+_MODES = frozenset({"pause", "drain", "resume"})
+
 LoadWatcher = Callable[[int, messages.LoadReport], None]
 
 
@@ -36,9 +40,13 @@ class Dispatcher:
 
     While every engine is full, requests are held back here, best priority first, and go to the first engine with a
     free slot: so nothing waits at one engine while another has room.
+
+    restart_timeout: seconds for which requests wait for an engine that is started again when there is no other.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], identity: bytes, policy: Policy) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], identity: bytes, policy: Policy, restart_timeout: float
+    ) -> None:
         self._context = context
         self._identity = identity
         self._load_watcher: LoadWatcher | None = None
@@ -52,14 +60,18 @@ class Dispatcher:
         self._next_wire_id = 0
         self._mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._load_waiters: set[asyncio.Future[None]] = set()
+        self._mode: str | None = None  # the newest of _MODES that the engines were called to
+        self._outages = Outages(restart_timeout, self._on_outage_over)
+        self._stranded: dict[int, list[RequestStream]] = {}  # pinned to an engine that will return
+        self._deaths: dict[int, EngineDeadError] = {}  # of engines that are not back
         self.last_death: EngineDeadError | None = None
 
     # --- engines
 
     @property
     def engine_ids(self) -> tuple[int, ...]:
-        """The engines that are connected, in order."""
-        return tuple(sorted(self._connections))
+        """All engines, also those that died, in order."""
+        return tuple(sorted({*self._connections, *self._deaths}))
 
     def join(self, member: messages.Member) -> None:
         """An engine takes requests from now on. Does nothing when it does already."""
@@ -69,36 +81,65 @@ class Dispatcher:
         connection = EngineConnection(self._context, self._identity, member, self._on_message)
         self._connections[engine_id] = connection
         connection.connect(watch_loads=self._load_watcher is not None)
+        if self._mode is not None:
+            connection.call(self._mode, [])  # it was not there when the others were told
         self._router.join(engine_id, member.facts.max_num_seqs)
         self._router.report(engine_id, member.load, time.monotonic())
-        self._dispatch_held()
-
-    def leave(self, engine_id: int, error: EngineDeadError) -> None:
-        """An engine is gone: what it sent last still counts, and what it left undone goes on at another engine.
-
-        A request that was pinned to it, that loses an engine for the second time, or that finds no other one, fails
-        with `error`.
-        """
-        logger.error("%s", error)
-        self.last_death = error
-        connection = self._connections.pop(engine_id, None)
-        if connection is None:
-            return
-        connection.drain()
-        connection.close(error)
-        self._router.leave(engine_id)
-        for request in list(self._requests.values()):
-            if not self._connections:
-                request.fail(error)
-            elif request.engine_id == engine_id:
-                self._move(request, error)
+        self._outages.end(engine_id)
+        self._deaths.pop(engine_id, None)
+        for request in self._stranded.pop(engine_id, ()):
+            self._send_pinned(request)
         self._dispatch_held()
         self._notify_loads()
 
-    def _move(self, request: RequestStream, error: EngineDeadError) -> None:
-        if request.pinned_engine is not None or request.num_moves:
-            request.fail(error)  # a request that takes engines down must not take them all
+    def leave(self, error: EngineDeadError, *, returns: bool) -> None:
+        """The engine of `error` is gone: what it sent last still counts; what it left undone goes on at another one.
+
+        returns: it is started again: then a request that was pinned to it waits for it, and so do all when there is no
+        other. A request that loses an engine for the second time fails, lest it take them all down one by one.
+        Said again, with another error or another `returns`, of an engine that has not come back.
+        """
+        engine_id = error.engine_id
+        self._deaths[engine_id] = self.last_death = error
+        if returns:
+            self._outages.begin(error)
+        else:
+            self._outages.end(engine_id)
+        connection = self._connections.pop(engine_id, None)
+        if connection is not None:
+            logger.error("%s", error)
+            connection.drain()
+            connection.close(error)
+            self._router.leave(engine_id)
+            for request in [request for request in self._requests.values() if request.engine_id == engine_id]:
+                self._rescue(request, error)
+        self._fail_hopeless()
+        self._dispatch_held()
+        self._notify_loads()
+
+    async def wait_engine(self) -> None:
+        """Return when an engine takes requests. Raises EngineDeadError when none will."""
+        while not self._connections:
+            self._check_hope(None)
+            await self.wait_load_change()
+
+    def _rescue(self, request: RequestStream, error: EngineDeadError) -> None:
+        """The request was aboard an engine that died."""
+        request.num_deaths += 1
+        if request.num_deaths == 1:
+            self._move(request)
             return
+        request.fail(
+            EngineDeadError(
+                f"request {request.request_id!r} was aboard two engines that died; the second: {error.args[0]}",
+                engine_id=error.engine_id,
+                exit_code=error.exit_code,
+                stderr_tail=error.stderr_tail,
+            )
+        )
+
+    def _move(self, request: RequestStream) -> None:
+        """Have what is left of the request done anew."""
         request.num_moves += 1
         request.engine_id = None
         for choice in request.open_choices:
@@ -106,14 +147,55 @@ class Dispatcher:
             del self._choices[choice.wire_id]
             choice.wire_id = self.allocate_wire_ids(1)
             self._choices[choice.wire_id] = choice
-        self._hold(request)
+        if request.pinned_engine is None:
+            self._hold(request)
+        else:
+            self._send_pinned(request)
+
+    def _send_pinned(self, request: RequestStream) -> None:
+        """To its engine, now or when that is back."""
+        engine_id = request.pinned_engine
+        if engine_id is None or request.done:
+            return
+        if engine_id in self._connections:
+            self._send(request, engine_id, self._router.scores(time.monotonic()))
+        else:
+            self._stranded.setdefault(engine_id, []).append(request)
+
+    def _check_hope(self, pinned_engine: int | None) -> None:
+        """Raises the EngineDeadError of those engines that could have served a request, when none does or will."""
+        if pinned_engine is None:
+            hope, error = bool(self._connections or self._outages), self.last_death
+        else:
+            hope, error = self._can_return(pinned_engine), self._deaths.get(pinned_engine)
+        if not hope and error is not None:
+            raise error.with_traceback(None)
+
+    def _can_return(self, engine_id: int) -> bool:
+        return engine_id in self._connections or engine_id in self._outages
+
+    def _fail_hopeless(self) -> None:
+        """End the requests that wait for an engine that will not come."""
+        for engine_id in [engine_id for engine_id in self._stranded if not self._can_return(engine_id)]:
+            for request in self._stranded.pop(engine_id):
+                request.fail(self._deaths[engine_id])
+        if not self._connections and not self._outages and self.last_death is not None:
+            for request in list(self._requests.values()):
+                request.fail(self.last_death)
+
+    def _on_outage_over(self, error: EngineDeadError) -> None:
+        self._deaths[error.engine_id] = self.last_death = error
+        self._fail_hopeless()
+        self._notify_loads()
 
     def call(self, method: str, args: Sequence[msgspec.Raw]) -> Awaitable[list[messages.EngineResult]]:
         """Run a registered method on every engine that is connected now; results in engine order.
 
         The calls are sent before this returns: so calls reach all engines in the order in which they are made.
         """
-        return asyncio.gather(*(self._connections[engine_id].call(method, args) for engine_id in self.engine_ids))
+        if method in _MODES:
+            self._mode = method
+        return asyncio.gather(*(connection.call(method, args) for _, connection in sorted(self._connections.items())))
 
     # --- loads
 
@@ -179,11 +261,10 @@ class Dispatcher:
 
         Raises EngineDeadError when no engine is left, and what a routing policy of the user's raises.
         """
-        if not self._connections and self.last_death is not None:
-            raise self.last_death.with_traceback(None)
+        self._check_hope(request.pinned_engine)
         if request.pinned_engine is not None:
             self._register(request)
-            self._send(request, request.pinned_engine, self._router.scores(time.monotonic()))
+            self._send_pinned(request)
             return
         if not self._held and self._dispatch(request):
             self._register(request)
@@ -345,4 +426,5 @@ class Dispatcher:
             connection.leave()
             connection.close(error)
         self._connections.clear()
+        self._outages.close()
         self._notify_loads()

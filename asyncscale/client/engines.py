@@ -16,10 +16,12 @@ import zmq
 from asyncscale import messages, transport
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.dispatcher import Dispatcher
+from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.loop_socket import LoopSocket
-from asyncscale.client.supervisor import EngineProcess, Launch, Supervisor
+from asyncscale.client.roster import Roster
+from asyncscale.client.supervisor import Launch, Supervisor
 from asyncscale.config import ModelSource
-from asyncscale.errors import AsyncScaleError, ClientClosedError, EngineDeadError
+from asyncscale.errors import AsyncScaleError, ClientClosedError, EngineError
 
 # An owner that is there answers within milliseconds, unless its event loop is blocked by user code.
 _ATTACH_TIMEOUT_S = 10.0
@@ -32,10 +34,7 @@ class Engines(Protocol):
 
     address: str
     model: ModelSource
-
-    @property
-    def members(self) -> list[messages.Member]:
-        """The engines that take requests at this moment."""
+    roster: Roster
 
     async def start(self) -> None:
         """Return when the engines are ready."""
@@ -57,25 +56,19 @@ class OwnedEngines:
         dispatcher: Dispatcher,
     ) -> None:
         self.model = launch.model
+        self.roster = Roster(dispatcher)
         self._dispatcher = dispatcher
-        self.supervisor = Supervisor(launch, self._on_death)
+        self.supervisor = Supervisor(launch, self._on_ready, self._on_death)
         try:
-            self._coordinator = Coordinator(context, self.supervisor.folder, self.model, dispatcher)
+            self._coordinator = Coordinator(context, self.supervisor.folder, self.model, self.roster, dispatcher)
         except BaseException:
             transport.remove_runtime_folder(self.supervisor.folder)
             raise
         self.address = self._coordinator.address
 
-    @property
-    def members(self) -> list[messages.Member]:
-        """The engines that take requests at this moment."""
-        return [_member(engine) for engine in self.supervisor.engines.values()]
-
     async def start(self) -> None:
         """Start all engines side by side. Raises EngineStartError or ModelLoadError, and leaves nothing behind."""
         await self.supervisor.start()
-        for member in self.members:
-            self._coordinator.join(member)
 
     async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls."""
@@ -86,9 +79,22 @@ class OwnedEngines:
         self._coordinator.close()
         await self.supervisor.stop()
 
-    def _on_death(self, engine: EngineProcess, error: EngineDeadError) -> None:
-        self._coordinator.leave(engine.engine_id, str(error.args[0]), error.exit_code)
-        self._dispatcher.leave(engine.engine_id, error)
+    def _on_ready(self, engine: EngineProcess, facts: messages.EngineFacts, last_error: str | None) -> None:
+        load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
+        spec = engine.spec
+        self._coordinator.join(messages.Member(spec.engine_id, spec.incarnation, spec.address, facts, load, last_error))
+
+    def _on_death(self, engine: EngineProcess, error: EngineError, returns: bool) -> None:
+        self._coordinator.leave(
+            messages.Left(
+                engine.engine_id,
+                engine.spec.incarnation,
+                str(error.args[0]),
+                error.exit_code,
+                error.stderr_tail,
+                returns,
+            )
+        )
 
 
 class AttachedEngines:
@@ -102,7 +108,7 @@ class AttachedEngines:
         self._dispatcher = dispatcher
         self._loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[messages.Welcome] = self._loop.create_future()
-        self._members: dict[int, messages.Member] = {}
+        self.roster = Roster(dispatcher)
         self._calls: dict[int, asyncio.Future[list[messages.EngineResult]]] = {}
         self._ended: AsyncScaleError | None = None  # why there will be no more answers
         self._call_ids = itertools.count()
@@ -118,11 +124,6 @@ class AttachedEngines:
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self.num_malformed = 0
 
-    @property
-    def members(self) -> list[messages.Member]:
-        """The engines that take requests at this moment."""
-        return list(self._members.values())
-
     async def start(self) -> None:
         """Learn members and counts, in one round trip. Raises AsyncScaleError when nobody answers at the address."""
         self._send(messages.Attach(messages.PROTOCOL_VERSION))
@@ -133,11 +134,6 @@ class AttachedEngines:
             raise AsyncScaleError(
                 f"no client answers at {self.address!r} within {_ATTACH_TIMEOUT_S:g} s: is its owner still running?"
             ) from None
-        if welcome.version != messages.PROTOCOL_VERSION:
-            raise AsyncScaleError(
-                f"the owner at {self.address!r} speaks protocol {welcome.version}, "
-                f"this client {messages.PROTOCOL_VERSION}: use the same version of asyncscale on both sides"
-            )
         self.model = welcome.model
 
     async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
@@ -173,9 +169,9 @@ class AttachedEngines:
                 for engine_id, load in loads:
                     self._dispatcher.report(engine_id, load)
             case messages.Joined(member):
-                self._join(member)
-            case messages.Left(engine_id, incarnation, reason, exit_code):
-                self._leave(engine_id, incarnation, reason, exit_code)
+                self.roster.join(member)
+            case messages.Left() as left:
+                self.roster.leave(left)
             case messages.CollectiveResult(call_id, results):
                 future = self._calls.get(call_id)
                 if future is not None and not future.done():
@@ -185,33 +181,20 @@ class AttachedEngines:
 
     def _on_welcome(self, welcome: messages.Welcome) -> None:
         """The first one starts the client; a later one stands for all the messages that it missed."""
-        if not self._welcome.done():
-            self._members = {member.engine_id: member for member in welcome.members}
-            self._welcome.set_result(welcome)
+        if welcome.version != messages.PROTOCOL_VERSION:
+            self._end(
+                AsyncScaleError(
+                    f"the owner at {self.address!r} speaks protocol {welcome.version}, "
+                    f"this client {messages.PROTOCOL_VERSION}: use the same version of asyncscale on both sides"
+                )
+            )
             return
-        present = {(member.engine_id, member.incarnation) for member in welcome.members}
-        for member in self.members:
-            if (member.engine_id, member.incarnation) not in present:
-                self._leave(member.engine_id, member.incarnation, f"engine {member.engine_id} died", None)
-        for member in welcome.members:
-            if member.engine_id in self._members:
-                self._dispatcher.report(member.engine_id, member.load)
-            else:
-                self._join(member)
-
-    def _join(self, member: messages.Member) -> None:
-        self._members[member.engine_id] = member
-        self._dispatcher.join(member)
-
-    def _leave(self, engine_id: int, incarnation: int, reason: str, exit_code: int | None) -> None:
-        known = self._members.get(engine_id)
-        if known is not None and known.incarnation == incarnation:
-            del self._members[engine_id]
-            self._dispatcher.leave(engine_id, EngineDeadError(reason, engine_id=engine_id, exit_code=exit_code))
+        self.roster.replace(welcome.members, welcome.left)
+        if not self._welcome.done():
+            self._welcome.set_result(welcome)
 
     def _owner_left(self, reason: str) -> None:
-        for member in self.members:
-            self._leave(member.engine_id, member.incarnation, f"engine {member.engine_id} ended: {reason}", None)
+        self.roster.leave_all(reason)
         self._end(AsyncScaleError(f"the engines ended: {reason}"))
 
     def _end(self, error: AsyncScaleError) -> None:
@@ -222,11 +205,3 @@ class AttachedEngines:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
-
-
-def _member(engine: EngineProcess) -> messages.Member:
-    facts = engine.facts
-    if facts is None:
-        raise RuntimeError(f"engine {engine.engine_id} is not ready")
-    load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
-    return messages.Member(engine.engine_id, engine.spec.incarnation, engine.spec.address, facts, load)

@@ -15,7 +15,7 @@ class RestartHistory:
         delay = history.died(lived_s)           # None: it has died too often
 
     lived_s: seconds for which it was ready to serve. It is started again at once after a good life, and with growing
-    delays after short ones; when `max_restarts` lives in a row were short, it is given up.
+    delays after short ones; when `max_restarts` lives in a row were short, it is given up. 0: it is not started again.
     """
 
     def __init__(self, max_restarts: int) -> None:
@@ -25,7 +25,7 @@ class RestartHistory:
     def died(self, lived_s: float) -> float | None:
         """Seconds to wait before the next start; None: there is none."""
         self._num_short_lives = 0 if lived_s >= _GOOD_LIFE_S else self._num_short_lives + 1
-        if self._num_short_lives > self._max_restarts:
+        if self._num_short_lives > self._max_restarts or not self._max_restarts:
             return None
         if self._num_short_lives <= 1:
             return 0.0

@@ -35,6 +35,7 @@ class RequestStream:
         "expected_output_tokens",
         "first_token_at",
         "num_cached_tokens",
+        "num_deaths",
         "num_moves",
         "num_preemptions",
         "order",
@@ -83,7 +84,8 @@ class RequestStream:
         self.queued_s = 0.0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.num_moves = 0  # to another engine, because one died
+        self.num_moves = 0  # how often it was sent anew
+        self.num_deaths = 0  # of engines that it was aboard
         self.engine_id: int | None = None
         self.scores: dict[int, float] = {}  # of every engine, when it was sent
         self.order = wire_id  # of arrival at this client

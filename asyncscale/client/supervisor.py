@@ -1,4 +1,4 @@
-"""Starts engine processes side by side, follows them while they load, and tells when one ends."""
+"""Starts engine processes side by side, follows them while they load, and starts again those that die or hang."""
 
 from __future__ import annotations
 
@@ -9,82 +9,74 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 
-from asyncscale import messages, transport
+from asyncscale import messages, progress, transport
 from asyncscale.client import child_process
-from asyncscale.client.child_process import describe_exit
+from asyncscale.client.engine_process import EngineProcess
+from asyncscale.client.hang_detector import HangDetector
+from asyncscale.client.restarts import RestartHistory
 from asyncscale.client.spawn import start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
 from asyncscale.engine.process import run_engine
-from asyncscale.errors import EngineDeadError, EngineStartError, ModelLoadError
+from asyncscale.errors import EngineError, EngineStartError, ModelLoadError
 
 logger = logging.getLogger(__name__)
 
 # An engine whose lifeline closed ends at once; this long until it is killed all the same.
 _EXIT_GRACE_S = 2.0
-_STDERR_TAIL_BYTES = 8192
+# Engines' progress is looked at so often per hang_timeout, but not more often than every so many seconds.
+_LOOKS_PER_TIMEOUT = 10
+_LEAST_LOOK_INTERVAL_S = 0.05
 
 LoadingCallback = Callable[[int, str, float], None]
-DeathCallback = Callable[["EngineProcess", EngineDeadError], None]
+# An engine takes requests from now on; how the incarnation before it ended.
+ReadyCallback = Callable[[EngineProcess, messages.EngineFacts, str | None], None]
+# An engine died; whether it is started again.
+DeathCallback = Callable[[EngineProcess, EngineError, bool], None]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which engines to start. timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done."""
+    """Which engines to start, and how often again.
+
+    timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done.
+    max_restarts, hang_timeout: see AsyncScaleClient.
+    """
 
     model: ModelSource
     config: EngineConfig
     num_engines: int
     timeout: float
     on_loading: LoadingCallback
-
-
-@dataclass(eq=False)
-class EngineProcess:
-    """One incarnation of an engine: its process, and what it said of itself."""
-
-    spec: EngineSpec
-    process: BaseProcess
-    lifeline: Connection
-    facts: messages.EngineFacts | None = None
-    failure: messages.Failed | None = None
+    max_restarts: int
+    hang_timeout: float | None
 
     @property
-    def engine_id(self) -> int:
-        return self.spec.engine_id
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid
-
-    def release(self) -> None:
-        """Kill the process if it still runs, collect it, and close its descriptors."""
-        self.lifeline.close()
-        child_process.release(self.process)
-
-    def stderr_tail(self) -> str:
-        """The end of what the process wrote to stderr."""
-        try:
-            with open(self.spec.stderr_path, "rb") as log:
-                log.seek(max(0, os.fstat(log.fileno()).st_size - _STDERR_TAIL_BYTES))
-                return log.read().decode(errors="replace").strip()
-        except OSError:
-            return ""
+    def look_interval(self) -> float:
+        """Seconds between looks at the engines' progress."""
+        return max((self.hang_timeout or 0.0) / _LOOKS_PER_TIMEOUT, _LEAST_LOOK_INTERVAL_S)
 
 
 class Supervisor:
     """Owns the engine processes of one client, and the private folder for their sockets and logs.
 
+    Until `start` returns, an engine that does not become ready ends the start; after that, one that dies, in whatever
+    way and at whatever moment, is started again.
     A supervisor that is forgotten or whose interpreter exits takes its engines with it; one that is killed does, too:
     each engine ends when its lifeline closes.
     """
 
-    def __init__(self, launch: Launch, on_death: DeathCallback) -> None:
+    def __init__(self, launch: Launch, on_ready: ReadyCallback, on_death: DeathCallback) -> None:
         self._launch = launch
+        self._on_ready = on_ready
         self._on_death = on_death
         self.folder = transport.make_runtime_folder()
         self.engines: dict[int, EngineProcess] = {}
+        self._histories = {i: RestartHistory(launch.max_restarts) for i in range(launch.num_engines)}
+        self._last_errors: dict[int, str] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}  # per engine that is not ready: its next start, or its limit
+        self._looking: asyncio.TimerHandle | None = None
+        self._starting: dict[int, asyncio.Future[None]] = {}  # engines that `start` waits for
         self._logged: set[str] = set()
         self._loop = asyncio.get_running_loop()
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
@@ -94,24 +86,25 @@ class Supervisor:
 
         Raises EngineStartError (with the child's traceback), or the ModelLoadError that the child raised.
         """
-        ready = [self._start_engine(engine_id) for engine_id in range(self._launch.num_engines)]
+        engine_ids = range(self._launch.num_engines)
+        self._starting = {engine_id: self._loop.create_future() for engine_id in engine_ids}
         try:
+            for engine_id in engine_ids:
+                self._start_engine(engine_id, 0)
             async with asyncio.timeout(self._launch.timeout):
-                await asyncio.gather(*ready)
+                await asyncio.gather(*self._starting.values())
         except TimeoutError:
             slow = next(engine for engine in self.engines.values() if engine.facts is None)
-            error = EngineStartError(
-                f"engine {slow.engine_id} was not ready within {self._launch.timeout:g} s",
-                engine_id=slow.engine_id,
-                stderr_tail=slow.stderr_tail(),
-            )
+            error = self._too_slow(slow)
             await self.stop()
             raise error from None
         except BaseException:
             await self.stop()
             raise
+        if self._launch.hang_timeout is not None:
+            self._look_later()
 
-    def _start_engine(self, engine_id: int, incarnation: int = 0) -> asyncio.Future[None]:
+    def _start_engine(self, engine_id: int, incarnation: int) -> None:
         spec = EngineSpec(
             engine_id=engine_id,
             incarnation=incarnation,
@@ -120,15 +113,18 @@ class Supervisor:
             model=self._launch.model,
             config=self._launch.config,
         )
+        progress.make_file(spec.progress_path)
         process, lifeline = start_process(spec.name, run_engine, spec)
         engine = EngineProcess(spec, process, lifeline)
+        if self._launch.hang_timeout is not None:
+            engine.hang_detector = HangDetector(self._launch.hang_timeout, self._launch.look_interval)
         self.engines[engine_id] = engine
-        ready: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(lifeline.fileno(), self._on_lifeline, engine, ready)
-        self._loop.add_reader(process.sentinel, self._on_exit, engine, ready)
-        return ready
+        self._loop.add_reader(lifeline.fileno(), self._on_lifeline, engine)
+        self._loop.add_reader(process.sentinel, self._on_exit, engine)
 
-    def _on_lifeline(self, engine: EngineProcess, ready: asyncio.Future[None]) -> bool:
+    # --- what engines say
+
+    def _on_lifeline(self, engine: EngineProcess) -> bool:
         """Take what the engine says while it starts. Whether it may say more."""
         try:
             payload = engine.lifeline.recv_bytes()
@@ -139,8 +135,7 @@ class Supervisor:
             case messages.Loading(phase, fraction):
                 self._launch.on_loading(engine.engine_id, phase, fraction)
             case messages.Ready(facts):
-                engine.facts = facts
-                _resolve(ready, None)
+                self._engine_ready(engine, facts)
             case messages.Logged(level, text):
                 if text not in self._logged:  # by another engine
                     self._logged.add(text)
@@ -149,31 +144,91 @@ class Supervisor:
                 engine.failure = failure  # raised when it has exited, with its exit code
         return True
 
-    def _on_exit(self, engine: EngineProcess, ready: asyncio.Future[None]) -> None:
-        self._unwatch(engine)
-        while not ready.done() and _is_readable(engine.lifeline) and self._on_lifeline(engine, ready):
+    def _engine_ready(self, engine: EngineProcess, facts: messages.EngineFacts) -> None:
+        engine.facts = facts
+        engine.ready_at = self._loop.time()
+        self._cancel_timer(engine.engine_id)
+        self._on_ready(engine, facts, self._last_errors.get(engine.engine_id))
+        _resolve(self._starting.get(engine.engine_id), None)
+        if engine.spec.incarnation:
+            logger.warning("engine %d is back", engine.engine_id)
+
+    def _on_exit(self, engine: EngineProcess) -> None:
+        while engine.facts is None and _is_readable(engine.lifeline) and self._on_lifeline(engine):
             pass  # the reason may have been sent just before the exit
-        _resolve(ready, _start_error(engine))
-        if engine.facts is not None and self.engines.get(engine.engine_id) is engine:
-            del self.engines[engine.engine_id]
-            transport.unlink_address(engine.spec.address)
-            code = child_process.collect_exit_code(engine.process)
-            error = EngineDeadError(
-                f"engine {engine.engine_id} died ({describe_exit(code)})",
-                engine_id=engine.engine_id,
-                exit_code=code,
-                stderr_tail=engine.stderr_tail(),
-            )
-            engine.release()
-            self._on_death(engine, error)
+        self._unwatch(engine)
+        if self.engines.get(engine.engine_id) is not engine:
+            return
+        first_start = self._starting.get(engine.engine_id)
+        if first_start is not None and not first_start.done():
+            _resolve(first_start, _first_error(engine))  # `start` stops everything
+            return
+        del self.engines[engine.engine_id]
+        transport.unlink_address(engine.spec.address)
+        self._engine_died(engine)
+        engine.release()
+
+    # --- engines that died
+
+    def _engine_died(self, engine: EngineProcess) -> None:
+        """Start it again, now or later or never, and tell."""
+        engine_id = engine.engine_id
+        self._cancel_timer(engine_id)
+        error = engine.error()
+        self._last_errors[engine_id] = str(error.args[0])
+        lived_s = self._loop.time() - engine.ready_at if engine.facts is not None else 0.0
+        delay = self._histories[engine_id].died(lived_s)
+        if delay is None and self._launch.max_restarts:
+            error.args = (f"{error.args[0]}; it is given up after {self._launch.max_restarts} restarts in a row",)
+        self._on_death(engine, error, delay is not None)
+        if delay is not None:
+            restart = self._loop.call_later(delay, self._restart, engine_id, engine.spec.incarnation + 1)
+            self._timers[engine_id] = restart
+
+    def _restart(self, engine_id: int, incarnation: int) -> None:
+        self._timers[engine_id] = self._loop.call_later(self._launch.timeout, self._end_slow, engine_id)
+        self._start_engine(engine_id, incarnation)
+
+    def _end_slow(self, engine_id: int) -> None:
+        engine = self.engines[engine_id]
+        engine.kill(f"(was not ready within {self._launch.timeout:g} s)")
+
+    def _look_later(self) -> None:
+        self._looking = self._loop.call_later(self._launch.look_interval, self._look)
+
+    def _look(self) -> None:
+        """Kill the engines that hang."""
+        now = self._loop.time()
+        for engine in self.engines.values():
+            if engine.verdict is None and engine.hangs(now):
+                engine.kill("(it hung, without progress, and was killed)")
+        self._look_later()
+
+    # --- the end
+
+    def _cancel_timer(self, engine_id: int) -> None:
+        timer = self._timers.pop(engine_id, None)
+        if timer is not None:
+            timer.cancel()
 
     def _unwatch(self, engine: EngineProcess) -> None:
         self._loop.remove_reader(engine.process.sentinel)
         if not engine.lifeline.closed:
             self._loop.remove_reader(engine.lifeline.fileno())
 
+    def _too_slow(self, engine: EngineProcess) -> EngineStartError:
+        return EngineStartError(
+            f"engine {engine.engine_id} was not ready within {self._launch.timeout:g} s",
+            engine_id=engine.engine_id,
+            stderr_tail=engine.stderr_tail(),
+        )
+
     async def stop(self) -> None:
         """End all engines, collect them, and remove the folder. Bounded; idempotent."""
+        if self._looking is not None:
+            self._looking.cancel()
+        for engine_id in list(self._timers):
+            self._cancel_timer(engine_id)
         engines = list(self.engines.values())
         self.engines.clear()
         for engine in engines:
@@ -188,19 +243,16 @@ class Supervisor:
             transport.remove_runtime_folder(self.folder)
 
 
-def _start_error(engine: EngineProcess) -> Exception:
+def _first_error(engine: EngineProcess) -> Exception:
+    """What the start of a client raises when this engine ended it."""
     failure = engine.failure
     if failure is not None and failure.model_error is not None:
         return ModelLoadError(failure.model_error)
-    code = child_process.collect_exit_code(engine.process)
-    text = f"engine {engine.engine_id} did not start ({describe_exit(code)})"
-    if failure is not None:
-        text += f"\n--- traceback in the engine process ---\n{failure.traceback.strip()}"
-    return EngineStartError(text, engine_id=engine.engine_id, exit_code=code, stderr_tail=engine.stderr_tail())
+    return engine.error()
 
 
-def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done():
+def _resolve(future: asyncio.Future[None] | None, error: Exception | None) -> None:
+    if future is None or future.done():
         return
     if error is None:
         future.set_result(None)

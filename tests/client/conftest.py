@@ -17,7 +17,7 @@ from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.policies import least_loaded
-from asyncscale.errors import EngineDeadError
+from asyncscale.client.roster import Roster
 
 OWNER = b"c-owner"
 MODEL = SimulatedModel()
@@ -112,8 +112,8 @@ class Fleet:
         self._folder = folder
         self._peers: list[Peer] = []
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.dispatcher = Dispatcher(self.context, OWNER, least_loaded)
-        self.coordinator = Coordinator(self.context, folder, MODEL, self.dispatcher)
+        self.dispatcher = Dispatcher(self.context, OWNER, least_loaded, restart_timeout=60.0)
+        self.coordinator = Coordinator(self.context, folder, MODEL, Roster(self.dispatcher), self.dispatcher)
         self.engines: list[FakeEngine] = []
         for _ in range(num_engines):
             self.join()
@@ -123,14 +123,12 @@ class Fleet:
         engine = FakeEngine(self.context, self._folder, len(self.engines))
         self.engines.append(engine)
         self.coordinator.join(engine.member)
-        self.dispatcher.join(engine.member)
         return engine
 
     def kill(self, engine: FakeEngine) -> None:
         """The engine is found dead, as by an owner whose supervisor saw it."""
         reason = f"engine {engine.engine_id} died"
-        self.coordinator.leave(engine.engine_id, reason, -9)
-        self.dispatcher.leave(engine.engine_id, EngineDeadError(reason, engine_id=engine.engine_id, exit_code=-9))
+        self.coordinator.leave(messages.Left(engine.engine_id, engine.member.incarnation, reason, -9))
 
     def peer(self) -> Peer:
         """A client that has said nothing yet."""

@@ -368,7 +368,7 @@ async def test_engines_that_leave_while_a_client_attaches_end_its_start(
             os.kill(engine.pid, signal.SIGKILL)
         else:
             await owner.close()
-        await until(lambda: not client._engines.members)
+        await until(lambda: not client._engines.roster.members)
         release.set()
         with pytest.raises(AsyncScaleError):
             await asyncio.wait_for(start, 5)
