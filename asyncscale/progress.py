@@ -1,8 +1,8 @@
 """How far an engine is, in a small file beside its socket: an engine that hangs can say nothing, and this is seen.
 
-The engine maps the file and writes to memory; whoever wants to know reads the file. Three 64-bit numbers: ticks, which
-grow with every sign of work; resting, 1 while the engine waits for messages; and the time when the last step ended, in
-nanoseconds of the monotonic clock, which all processes of a host share (0: none yet).
+The engine maps the file and writes to memory; whoever wants to know reads the file. Four 64-bit numbers: ticks, which
+grow with every sign of work; resting, 1 while the engine waits for messages; and when the last step began and when one
+last ended, in nanoseconds of the monotonic clock, which all processes of a host share (0: never).
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import struct
 import time
 from dataclasses import dataclass
 
-_FORMAT = struct.Struct("=3Q")
-_TICKS, _RESTING, _STEP_ENDED = range(3)
+_FORMAT = struct.Struct("=4Q")
+_TICKS, _RESTING, _STEP_BEGAN, _STEP_ENDED = range(4)
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What was to be seen of an engine's progress at one moment. step_ended: seconds of the monotonic clock."""
+    """What was to be seen of an engine's progress at one moment. Times are seconds of the monotonic clock."""
 
     ticks: int
     resting: bool
+    step_began: float | None
     step_ended: float | None
 
 
@@ -30,6 +31,7 @@ class Progress:
 
         progress = Progress(path)      # the file is made by who starts the engine, with `make_file`
         progress.work()
+        progress.begin_step()
         progress.tick()                # again and again
         progress.end_step()
         progress.rest()
@@ -58,6 +60,11 @@ class Progress:
         """Something was done."""
         self._cells[_TICKS] += 1
 
+    def begin_step(self) -> None:
+        """A step begins, with all that was received so far."""
+        self._cells[_STEP_BEGAN] = time.monotonic_ns()
+        self.tick()
+
     def end_step(self) -> None:
         """A step is complete."""
         self._cells[_STEP_ENDED] = time.monotonic_ns()
@@ -67,14 +74,18 @@ class Progress:
 def make_file(path: str) -> None:
     """For an engine that is started next: it rests until it says something else."""
     with open(path, "xb") as file:
-        file.write(_FORMAT.pack(0, 1, 0))
+        file.write(_FORMAT.pack(0, 1, 0, 0))
 
 
 def look(path: str) -> Sight | None:
     """What the engine shows now; None when there is no such file."""
     try:
         with open(path, "rb") as file:
-            ticks, resting, step_ended = _FORMAT.unpack(file.read(_FORMAT.size))
+            ticks, resting, step_began, step_ended = _FORMAT.unpack(file.read(_FORMAT.size))
     except (OSError, struct.error):
         return None
-    return Sight(ticks, bool(resting), step_ended / 1e9 if step_ended else None)
+    return Sight(ticks, bool(resting), _seconds(step_began), _seconds(step_ended))
+
+
+def _seconds(nanoseconds: int) -> float | None:
+    return nanoseconds / 1e9 if nanoseconds else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import msgspec
 import zmq
 
-from asyncscale import messages, transport
+from asyncscale import messages, progress, transport
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.errors import EngineDeadError
 
@@ -28,6 +29,7 @@ class EngineConnection:
         on_message: Callable[[EngineConnection, messages.FromEngine], None],
     ) -> None:
         self.engine_id = member.engine_id
+        self._address = member.address
         self.num_malformed = 0
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
@@ -52,6 +54,15 @@ class EngineConnection:
         self._calls[call_id] = future
         future.add_done_callback(lambda _: self._calls.pop(call_id, None))  # also when nobody waits for it any more
         return future
+
+    @property
+    def last_step_began(self) -> float:
+        """When the engine began its last step, also after its death, by the monotonic clock; infinity if unknown."""
+        path = transport.progress_path(self._address)
+        seen = None if path is None else progress.look(path)
+        if seen is None:
+            return math.inf
+        return 0.0 if seen.step_began is None else seen.step_began
 
     def drain(self) -> None:
         """Take everything that has arrived, now."""

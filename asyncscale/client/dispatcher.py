@@ -112,7 +112,7 @@ class Dispatcher:
             connection.close(error)
             self._router.leave(engine_id)
             for request in [request for request in self._requests.values() if request.engine_id == engine_id]:
-                self._rescue(request, error)
+                self._rescue(request, error, was_aboard=request.sent_at < connection.last_step_began)
         self._fail_hopeless()
         self._dispatch_held()
         self._notify_loads()
@@ -123,10 +123,10 @@ class Dispatcher:
             self._check_hope(None)
             await self.wait_load_change()
 
-    def _rescue(self, request: RequestStream, error: EngineDeadError) -> None:
-        """The request was aboard an engine that died."""
-        request.num_deaths += 1
-        if request.num_deaths == 1:
+    def _rescue(self, request: RequestStream, error: EngineDeadError, was_aboard: bool) -> None:
+        """The request was sent to an engine that died. was_aboard: it may have been in the engine's last step."""
+        request.num_deaths += was_aboard
+        if request.num_deaths < 2:
             self._move(request)
             return
         request.fail(
@@ -337,6 +337,7 @@ class Dispatcher:
             self._connections[engine_id].send(message)
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
+        request.sent_at = time.monotonic()
         request.scores = scores
 
     def _abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+
+import msgspec
 
 from asyncscale import messages, progress
 from asyncscale.client import child_process
@@ -50,6 +53,14 @@ class EngineProcess:
         """Kill the process if it still runs, collect it, and close its descriptors."""
         self.lifeline.close()
         child_process.release(self.process)
+
+    def remove_traces_of_predecessor(self) -> None:
+        """The files of the incarnation before this one: by now everybody has read them."""
+        if self.spec.incarnation:
+            before = msgspec.structs.replace(self.spec, incarnation=self.spec.incarnation - 1)
+            for path in (before.stderr_path, before.progress_path):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def hangs(self, now: float) -> bool:
         """Whether it shows no progress, and has not for so long that it never will. To be asked regularly."""

@@ -21,6 +21,7 @@ class RestartHistory:
     def __init__(self, max_restarts: int) -> None:
         self._max_restarts = max_restarts
         self._num_short_lives = 0
+        self._delay = 0.0
 
     def died(self, lived_s: float) -> float | None:
         """Seconds to wait before the next start; None: there is none."""
@@ -28,5 +29,7 @@ class RestartHistory:
         if self._num_short_lives > self._max_restarts or not self._max_restarts:
             return None
         if self._num_short_lives <= 1:
+            self._delay = 0.0
             return 0.0
-        return float(min(_FIRST_DELAY_S * 2 ** (self._num_short_lives - 2), _LONGEST_DELAY_S))
+        self._delay = min(2 * self._delay or _FIRST_DELAY_S, _LONGEST_DELAY_S)
+        return self._delay

@@ -49,6 +49,7 @@ class RequestStream:
         "request_id",
         "sampling",
         "scores",
+        "sent_at",
         "session",
         "timer",
     )
@@ -86,6 +87,7 @@ class RequestStream:
         self.num_preemptions = 0
         self.num_moves = 0  # how often it was sent anew
         self.num_deaths = 0  # of engines that it was aboard
+        self.sent_at = 0.0  # to the engine where it is now
         self.engine_id: int | None = None
         self.scores: dict[int, float] = {}  # of every engine, when it was sent
         self.order = wire_id  # of arrival at this client

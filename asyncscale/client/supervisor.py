@@ -148,6 +148,7 @@ class Supervisor:
         engine.facts = facts
         engine.ready_at = self._loop.time()
         self._cancel_timer(engine.engine_id)
+        engine.remove_traces_of_predecessor()
         self._on_ready(engine, facts, self._last_errors.get(engine.engine_id))
         _resolve(self._starting.get(engine.engine_id), None)
         if engine.spec.incarnation:

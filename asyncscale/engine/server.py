@@ -51,6 +51,7 @@ class EngineServer:
         while True:
             self._receive()
             if self._core.has_work:
+                self._progress.begin_step()
                 outputs = self._core.step(meanwhile=self._send_outputs)
                 self._progress.end_step()
                 self._send_outputs()  # those of the step before, if this one computed nothing

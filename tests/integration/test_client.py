@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
 import subprocess
 import sys
@@ -405,71 +404,6 @@ async def test_a_drain_that_takes_too_long_ends_like_close_without_drain() -> No
     await client.close(drain=True, timeout=0.05)
     with pytest.raises(ClientClosedError):
         await generation
-
-
-async def test_when_the_only_engine_dies_requests_raise_engine_dead_error() -> None:
-    async with AsyncScaleClient(FAST, num_engines=1) as client:
-        generation = client.generate("hello", **LONG)
-        await reach(client, 1)
-        os.kill((await engine_pids(client))[0], signal.SIGKILL)
-        with pytest.raises(EngineDeadError) as caught:
-            await generation
-        assert (caught.value.engine_id, caught.value.exit_code) == (0, -signal.SIGKILL)
-        with pytest.raises(EngineDeadError):
-            client.generate("later")
-
-
-async def test_when_an_engine_dies_its_requests_go_on_at_another_token_for_token() -> None:
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0},
-        {"seed": 3},
-        {"seed": 4, "n": 3},
-        {"seed": 5, "logprobs": 2, "prompt_logprobs": 1},
-        {"seed": 6, "stop": " w1"},
-    ]
-    options = [{"max_tokens": 400, "ignore_eos": True, **kind} for kind in kinds for _ in range(6)]
-    async with AsyncScaleClient(FAST, num_engines=2) as client:
-        pids = await engine_pids(client)
-        undisturbed = await asyncio.gather(*(client.generate(f"p{i}", **o) for i, o in enumerate(options)))
-        generations = [client.generate(f"p{i}", **o) for i, o in enumerate(options)]
-        async for token in generations[0]:
-            if token.index == 50:
-                os.kill(pids[0], signal.SIGKILL)
-        moved = await asyncio.gather(*generations)
-        assert sum(completion.timing.num_moves for completion in moved) > 0
-        assert {load.engine_id for load in client.engine_loads()} == {1}
-        for before, after in zip(undisturbed, moved, strict=True):
-            assert after.choices == before.choices
-            assert after.prompt_logprobs == before.prompt_logprobs
-        await assert_idle(client)
-
-
-async def test_a_request_that_was_pinned_to_the_dead_engine_fails() -> None:
-    async with AsyncScaleClient(FAST, num_engines=2) as client:
-        doomed, other = (client.generate("hello", engine=engine, **LONG) for engine in (0, 1))
-        await reach(client, 2)
-        os.kill((await engine_pids(client))[0], signal.SIGKILL)
-        with pytest.raises(EngineDeadError):
-            await doomed
-        assert not other.done
-        other.abort()
-
-
-async def test_a_request_that_loses_an_engine_for_the_second_time_fails_alone() -> None:
-    async with AsyncScaleClient(FAST, num_engines=3) as client:
-        generation = client.generate("hello", **LONG)
-        pids = await engine_pids(client)
-        for _ in range(2):
-            await reach(client, 1)
-            (engine,) = (load.engine_id for load in client.engine_loads() if load.mine)
-            os.kill(pids[engine], signal.SIGKILL)
-            async with asyncio.timeout(10):
-                async for loads in client.watch_loads():
-                    if engine not in {load.engine_id for load in loads}:
-                        break
-        with pytest.raises(EngineDeadError):
-            await generation
-        assert len((await client.generate("next", max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 
 async def test_engines_of_the_simulated_model_do_not_load_torch(client: AsyncScaleClient) -> None:

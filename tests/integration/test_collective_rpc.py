@@ -19,7 +19,8 @@ METHODS = ["drain", "kv_cache_stats", "pause", "process_info", "profile", "reset
 
 @pytest.fixture
 async def owner() -> AsyncIterator[AsyncScaleClient]:
-    async with AsyncScaleClient(MODEL, num_engines=3) as owner:
+    # Some tests stop engines, or end them for good.
+    async with AsyncScaleClient(MODEL, num_engines=3, max_restarts=0, hang_timeout=None) as owner:
         yield owner
 
 

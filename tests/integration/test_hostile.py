@@ -358,7 +358,7 @@ async def test_attaching_after_the_owner_closed_raises_at_once(runtime_folders: 
 async def test_engines_that_leave_while_a_client_attaches_end_its_start(
     monkeypatch: pytest.MonkeyPatch, event: str
 ) -> None:
-    async with AsyncScaleClient(FAST, num_engines=1) as owner:
+    async with AsyncScaleClient(FAST, num_engines=1, max_restarts=0) as owner:
         (engine,) = owner._engines.supervisor.engines.values()  # type: ignore[attr-defined]
         entered, release = slow_tokenizer(monkeypatch)
         client = AsyncScaleClient.attach(owner.address)
@@ -374,19 +374,27 @@ async def test_engines_that_leave_while_a_client_attaches_end_its_start(
             await asyncio.wait_for(start, 5)
 
 
-async def test_an_engine_that_dies_after_it_was_ready_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_restarts", [0, 1])
+async def test_an_engine_that_dies_after_it_was_ready_ends_the_start_or_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, max_restarts: int
+) -> None:
     entered, release = slow_tokenizer(monkeypatch)
-    client = AsyncScaleClient(FAST, num_engines=1)
+    client = AsyncScaleClient(FAST, num_engines=1, max_restarts=max_restarts)
     start = asyncio.ensure_future(client.start())
     await asyncio.to_thread(entered.wait)
     engines = client._engines.supervisor.engines  # type: ignore[attr-defined]
     await until(lambda: any(engine.facts for engine in engines.values()))
     (engine,) = engines.values()
     os.kill(engine.pid, signal.SIGKILL)
-    await until(lambda: not engines)
+    await until(lambda: engine not in engines.values())
     release.set()
-    with pytest.raises(AsyncScaleError):
+    if max_restarts:
         await asyncio.wait_for(start, 5)
+        await client.generate("hello", max_tokens=3)
+        await client.close()
+    else:
+        with pytest.raises(AsyncScaleError):
+            await asyncio.wait_for(start, 5)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -603,15 +611,16 @@ async def test_memory_does_not_grow_with_the_number_of_requests() -> None:
         assert await ask(10_000) - engine_before < 4_000_000
 
 
-async def test_errors_after_all_engines_died_do_not_grow(client: AsyncScaleClient) -> None:
-    (engine,) = client._engines.supervisor.engines.values()  # type: ignore[attr-defined]
-    os.kill(engine.pid, signal.SIGKILL)
-    async for loads in client.watch_loads():
-        if not loads:
-            break
-    lengths = []
-    for _ in range(10):
-        with pytest.raises(EngineDeadError) as caught:
-            client.generate("hello")
-        lengths.append(len(caught.traceback))
-    assert len(set(lengths)) == 1
+async def test_errors_after_all_engines_died_do_not_grow() -> None:
+    async with AsyncScaleClient(FAST, num_engines=1, max_restarts=0) as client:
+        (engine,) = client._engines.supervisor.engines.values()  # type: ignore[attr-defined]
+        os.kill(engine.pid, signal.SIGKILL)
+        async for loads in client.watch_loads():
+            if not loads:
+                break
+        lengths = []
+        for _ in range(10):
+            with pytest.raises(EngineDeadError) as caught:
+                client.generate("hello")
+            lengths.append(len(caught.traceback))
+        assert len(set(lengths)) == 1

@@ -204,7 +204,7 @@ async def test_clients_see_that_an_engine_died_and_their_requests_go_on_elsewher
         ends = await outcomes([client.generate("hello", max_tokens=3000, ignore_eos=True) for _ in range(6)])
         return [load.engine_id for load in client.engine_loads()], ends
 
-    async with AsyncScaleClient(MODEL, num_engines=2) as owner:
+    async with AsyncScaleClient(MODEL, num_engines=2, max_restarts=0) as owner:
         engines = owner._engines.supervisor.engines  # type: ignore[attr-defined]
         run = asyncio.ensure_future(run_frontends(main, 2, owner.address))
         await reach(owner, 12)
