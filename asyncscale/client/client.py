@@ -53,7 +53,8 @@ class AsyncScaleClient:
     routing: "least-loaded", "least-tokens", "round-robin", or a function (loads, request) -> one of the loads.
     start_timeout: seconds until all engines must be ready. An engine that dies is started again, and its requests go on
     at another one. restart_timeout: seconds for which they wait for it while there is no other.
-    max_restarts: so many short lives (under 10 s) in a row, and an engine stays dead. hang_timeout: seconds without
+    max_restarts: of one engine in a row, after lives hardly longer than its start, and it stays dead.
+    hang_timeout: seconds without
     progress after which an engine that neither computes nor waits for requests is killed and started again (a stopped
     one after a tenth, one that uses CPU after ten times as long); None: never.
     progress: show bars on stderr; None does when it is a terminal.

@@ -22,7 +22,7 @@ _STDERR_TAIL_BYTES = 8192
 
 @dataclass(eq=False)
 class EngineProcess:
-    """facts: once it is ready, at `ready_at` (of the event loop's clock). failure: what it said of a failed start.
+    """started_at, ready_at: of the event loop's clock. facts: once it is ready. failure: what it said of a failure.
 
     hang_detector: None when nobody minds. verdict: why its owner killed it, if it did.
     """
@@ -30,9 +30,10 @@ class EngineProcess:
     spec: EngineSpec
     process: BaseProcess
     lifeline: Connection
+    started_at: float
     hang_detector: HangDetector | None = None
     facts: messages.EngineFacts | None = None
-    ready_at: float = 0.0
+    ready_at: float | None = None
     failure: messages.Failed | None = None
     verdict: str | None = field(default=None, init=False)
 

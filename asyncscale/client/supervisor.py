@@ -115,7 +115,7 @@ class Supervisor:
         )
         progress.make_file(spec.progress_path)
         process, lifeline = start_process(spec.name, run_engine, spec)
-        engine = EngineProcess(spec, process, lifeline)
+        engine = EngineProcess(spec, process, lifeline, self._loop.time())
         if self._launch.hang_timeout is not None:
             engine.hang_detector = HangDetector(self._launch.hang_timeout, self._launch.look_interval)
         self.engines[engine_id] = engine
@@ -177,8 +177,9 @@ class Supervisor:
         self._cancel_timer(engine_id)
         error = engine.error()
         self._last_errors[engine_id] = str(error.args[0])
-        lived_s = self._loop.time() - engine.ready_at if engine.facts is not None else 0.0
-        delay = self._histories[engine_id].died(lived_s)
+        now = self._loop.time()
+        ready_at = now if engine.ready_at is None else engine.ready_at
+        delay = self._histories[engine_id].died(now - ready_at, ready_at - engine.started_at)
         if delay is None and self._launch.max_restarts:
             error.args = (f"{error.args[0]}; it is given up after {self._launch.max_restarts} restarts in a row",)
         self._on_death(engine, error, delay is not None)
