@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from asyncscale.client.generation import Token as Token
     from asyncscale.client.policies import EngineLoad as EngineLoad
     from asyncscale.client.policies import RoutingRequest as RoutingRequest
+    from asyncscale.client.roster import EngineHealth as EngineHealth
     from asyncscale.config import SimulatedModel as SimulatedModel
     from asyncscale.errors import AsyncScaleError as AsyncScaleError
     from asyncscale.errors import ClientClosedError as ClientClosedError
@@ -47,6 +48,7 @@ _HOMES = {
     "asyncscale.client.frontends": ("run_frontends",),
     "asyncscale.client.generation": ("Generation", "Token"),
     "asyncscale.client.policies": ("EngineLoad", "RoutingRequest"),
+    "asyncscale.client.roster": ("EngineHealth",),
     "asyncscale.config": ("SimulatedModel",),
     "asyncscale.errors": (
         "AsyncScaleError",

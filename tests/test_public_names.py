@@ -15,6 +15,7 @@ PUBLIC_NAMES = [
     "Completion",
     "EngineDeadError",
     "EngineError",
+    "EngineHealth",
     "EngineLoad",
     "EngineStartError",
     "FrontendError",

@@ -7,6 +7,8 @@ comes before it.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +158,28 @@ async def test_sampling_with_a_seed_gives_the_same_tokens_alone_in_a_crowd_preem
         preempted = await asyncio.gather(*(generate(cramped, prompt, **options) for prompt in PROMPTS[:6]))
     assert sum(completion.timing.num_preemptions for completion in preempted) > 0
     assert [completion.token_ids for completion in preempted] == expected
+
+
+async def test_requests_of_a_killed_engine_go_on_token_for_token(client: AsyncScaleClient) -> None:
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 5}, {"repetition_penalty": 1.3}, {"stop": ["."]}]
+
+    def ask() -> list[Any]:
+        return [generate(client, prompt, ignore_eos=True, **kinds[i % 4]) for i, prompt in enumerate(PROMPTS[:16])]
+
+    undisturbed = await asyncio.gather(*ask())
+    pids = [info["pid"] for info in await client.collective_rpc("process_info")]
+    generations = ask()
+    async for token in generations[0]:
+        if token.index == 10:
+            os.kill(pids[0], signal.SIGKILL)
+    moved = await asyncio.gather(*generations)
+    assert sum(completion.timing.num_moves for completion in moved) > 0
+    assert [completion.choices for completion in moved] == [completion.choices for completion in undisturbed]
+    async with asyncio.timeout(60):
+        async for loads in client.watch_loads():
+            if len(loads) == 2:
+                break
+    assert (await generate(client, PROMPTS[0], engine=0, ignore_eos=True)).choices == undisturbed[0].choices
 
 
 async def test_streamed_text_is_the_tokenizers_decoding_of_all_tokens(client: AsyncScaleClient) -> None:
