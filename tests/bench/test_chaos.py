@@ -52,7 +52,7 @@ async def test_requests_that_end_with_an_error_are_lost() -> None:
         catalogue = Catalogue(seed=1)
         load = Load(client, catalogue, await catalogue.expect(client), seed=1)
         running = asyncio.ensure_future(load.run(2))
-        while client._dispatcher.num_live < 2:
+        while client._dispatcher.num_live < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
         load.stop()
         await client.close(drain=False)
