@@ -8,6 +8,8 @@ import os
 import signal
 from multiprocessing.process import BaseProcess
 
+from asyncscale.progress import read_small_file
+
 # Between a process's last sign of life and the moment when it can be collected.
 _COLLECT_S = 2.0
 _LOOK_INTERVAL_S = 0.05
@@ -48,11 +50,11 @@ def activity(pid: int) -> tuple[str | None, float | None]:
     """State (one letter: "T" is stopped) and seconds of CPU used so far, of all its threads; None where the system, or
     a process that is gone, does not tell. Format: proc_pid_stat(5) of Linux."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()  # before it, a name that may hold anything
+        stat = read_small_file(f"/proc/{pid}/stat")
     except OSError:
         return None, None
-    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = stat.rpartition(b")")[2].split()  # before it, a name that may hold anything
+    return fields[0].decode(), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def describe_exit(code: int | None) -> str:
