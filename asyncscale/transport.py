@@ -18,6 +18,9 @@ import zmq
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
+# One more than any message has.
+_MAX_FRAMES = 3
+
 # The longest path that fits sockaddr_un with room for the socket's own name.
 _MAX_FOLDER = 80
 
@@ -95,14 +98,15 @@ def send(socket: zmq.Socket[bytes], *frames: bytes) -> None:
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
-    """The frames of the next message that has arrived; None when there is none."""
+    """The frames of the next message that has arrived, or the first three of many; None when there is none."""
     if not may_receive(socket):  # to ask is cheaper than to catch what `recv` would raise
         return None
     frame = socket.recv(_NOBLOCK, copy=False)
     frames = [frame.bytes]
     while frame.more:
         frame = socket.recv(_NOBLOCK, copy=False)
-        frames.append(frame.bytes)
+        if len(frames) < _MAX_FRAMES:
+            frames.append(frame.bytes)
     return frames
 
 

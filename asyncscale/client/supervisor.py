@@ -28,6 +28,9 @@ _EXIT_GRACE_S = 2.0
 _LOOKS_PER_TIMEOUT = 10
 _LEAST_LOOK_INTERVAL_S = 0.05
 
+# An engine that says more at once is no longer listened to.
+_MAX_LIFELINE_BYTES = 2**24
+
 LoadingCallback = Callable[[int, str, float], None]
 # An engine takes requests from now on; how the incarnation before it ended.
 ReadyCallback = Callable[[EngineProcess, messages.EngineFacts, str | None], None]
@@ -127,14 +130,14 @@ class Supervisor:
     def _on_lifeline(self, engine: EngineProcess) -> bool:
         """Take what the engine says while it starts. Whether it may say more."""
         try:
-            payload = engine.lifeline.recv_bytes()
+            payload = engine.lifeline.recv_bytes(_MAX_LIFELINE_BYTES)
         except (EOFError, OSError):
             self._loop.remove_reader(engine.lifeline.fileno())  # its exit follows, and tells the rest
             return False
         match messages.decode(messages.from_start_decoder, payload):
             case messages.Loading(phase, fraction):
                 self._launch.on_loading(engine.engine_id, phase, fraction)
-            case messages.Ready(facts):
+            case messages.Ready(facts) if engine.facts is None:
                 self._engine_ready(engine, facts)
             case messages.Logged(level, text):
                 if text not in self._logged:  # by another engine
