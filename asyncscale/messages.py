@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from asyncscale.address import parse, shown
 from asyncscale.config import ModelSource
 from asyncscale.params import Sampling
 
@@ -29,7 +30,7 @@ MAX_REQUEST_BYTES = 8 * 2**20
 MAX_ANSWER_BYTES = 2**30
 # The arguments of one call of a method, in bytes, all together.
 MAX_CALL_BYTES = 2**20
-_MAX_CALL_ARGS = 64
+MAX_CALL_ARGS = 64
 _MAX_ABORTS = 65_536
 _MAX_ENGINES = 65_536
 
@@ -116,7 +117,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
 
     call_id: int
     method: str
-    args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=_MAX_CALL_ARGS)]
+    args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
 class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="disconnect"):
@@ -216,9 +217,16 @@ class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """The engine has loaded its model and bound its address."""
+    """The engine has loaded its model, and clients reach it at this address."""
 
     facts: EngineFacts
+    address: str
+
+    def __post_init__(self) -> None:
+        parse(self.address)
+
+    def __repr__(self) -> str:
+        return f"Ready({self.facts!r}, {shown(self.address)!r})"
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
@@ -267,7 +275,8 @@ FromFrontend = Returned | Raised
 class Member(msgspec.Struct, frozen=True, array_like=True):
     """An engine that takes requests. `load.mine` is the receiving client's.
 
-    incarnation: how often it was started again. last_error: how the incarnation before this one ended.
+    address: over tcp with the key, so this is told only to who is let in himself. incarnation: how often it was started
+    again. last_error: how the incarnation before this one ended.
     """
 
     engine_id: EngineId
@@ -276,6 +285,12 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     facts: EngineFacts
     load: Load
     last_error: str | None = None
+
+    def __post_init__(self) -> None:
+        parse(self.address)
+
+    def __repr__(self) -> str:
+        return f"Member({self.engine_id}, {self.incarnation}, {shown(self.address)!r}, {self.facts!r}, {self.load!r})"
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
@@ -293,7 +308,7 @@ class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collecti
 
     call_id: int
     method: str
-    args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=_MAX_CALL_ARGS)]
+    args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
 ToCoordinator = Attach | Detach | CollectiveCall

@@ -19,7 +19,8 @@ _STDERR_TAIL_BYTES = 8192
 
 @dataclass(eq=False)
 class EngineProcess:
-    """facts: once it is ready, at `ready_at` (of the event loop's clock). failure: what it said of a failed start.
+    """facts, address: once it is ready, at `ready_at` (of the event loop's clock). failure: what it said of a failed
+    start.
 
     hang_detector: None when nobody minds. verdict: why its owner killed it, if it did.
     """
@@ -29,6 +30,7 @@ class EngineProcess:
     lifeline: Connection
     hang_detector: HangDetector | None = None
     facts: messages.EngineFacts | None = None
+    address: str = field(default="", repr=False)
     ready_at: float = 0.0
     failure: messages.Failed | None = None
     verdict: str | None = field(default=None, init=False)

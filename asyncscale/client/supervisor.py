@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from asyncscale import messages, progress, transport
+from asyncscale.address import TcpBinding
 from asyncscale.client import child_process
 from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.hang_detector import HangDetector
@@ -43,7 +44,7 @@ class Launch:
     """Which engines to start, and how often again.
 
     timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done.
-    max_restarts, hang_timeout: see AsyncScaleClient.
+    max_restarts, hang_timeout: see AsyncScaleClient. tcp: where they listen; None: in the private folder.
     """
 
     model: ModelSource
@@ -53,6 +54,7 @@ class Launch:
     on_loading: LoadingCallback
     max_restarts: int
     hang_timeout: float | None
+    tcp: TcpBinding | None = None
 
     @property
     def look_interval(self) -> float:
@@ -115,6 +117,7 @@ class Supervisor:
             folder=self.folder,
             model=self._launch.model,
             config=self._launch.config,
+            tcp=self._launch.tcp,
         )
         progress.make_file(spec.progress_path)
         process, lifeline = start_process(spec.name, run_engine, spec)
@@ -137,7 +140,8 @@ class Supervisor:
         match messages.decode(messages.from_start_decoder, payload):
             case messages.Loading(phase, fraction):
                 self._launch.on_loading(engine.engine_id, phase, fraction)
-            case messages.Ready(facts) if engine.facts is None:
+            case messages.Ready(facts, address) if engine.facts is None:
+                engine.address = address
                 self._engine_ready(engine, facts)
             case messages.Logged(level, text):
                 if text not in self._logged:  # by another engine

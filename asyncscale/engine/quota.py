@@ -20,9 +20,9 @@ _ENTRY_BYTES = 128
 class Quota:
     """Counts what each client's requests take::
 
-        refusal = quota.find_excess(client, message)    # None: there is room
-        quota.take(request)                             # each that was accepted
-        quota.give_back(request)                        # when it ends
+    refusal = quota.find_excess(client, message)    # None: there is room
+    quota.take(request)                             # each that was accepted
+    quota.give_back(request)                        # when it ends
     """
 
     def __init__(self) -> None:
