@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from asyncscale.address import TcpBinding
+
 _MAX_NUM_SEQS = 65_536
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -111,6 +113,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that one engine process needs to know. `incarnation` counts its restarts: each has an address of its own.
 
     folder: private to the owner and its engines, for sockets and logs; it is gone when they are.
+    tcp: where it listens instead of in the folder, and with which keys: so a spec goes over private pipes only.
     """
 
     engine_id: int
@@ -119,6 +122,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     model: ModelSource
     config: EngineConfig
+    tcp: TcpBinding | None = None
 
     @property
     def name(self) -> str:
@@ -127,7 +131,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def address(self) -> str:
-        """Where it binds its socket."""
+        """Where it binds its socket, unless over tcp."""
         return f"ipc://{self.folder}/{self.name}"
 
     @property

@@ -8,10 +8,11 @@ I/O.
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from asyncscale.address import parse, shown
 from asyncscale.config import ModelSource
 from asyncscale.params import Sampling
 
@@ -21,6 +22,21 @@ PROTOCOL_VERSION = 1
 LOAD_INTERVAL_S = 0.05
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+# The longest message that a client may send, in bytes, besides 4 for each token of the model's context: room for all of
+# `Sampling` at its limits, and for a Call's arguments. Whoever sends more is disconnected before it is read.
+MAX_REQUEST_BYTES = 8 * 2**20
+# Likewise of engines and coordinator; log-probabilities of a long prompt are their longest.
+MAX_ANSWER_BYTES = 2**30
+# The arguments of one call of a method, in bytes, all together.
+MAX_CALL_BYTES = 2**20
+MAX_CALL_ARGS = 64
+_MAX_ABORTS = 65_536
+_MAX_ENGINES = 65_536
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+EngineId = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_ENGINES)]
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -32,29 +48,29 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     should go elsewhere.
     """
 
-    version: int
-    running: int
-    waiting: int
-    mine: int
-    tokens: int
-    my_tokens: int
-    used_blocks: int
-    num_blocks: int
+    version: Count
+    running: Count
+    waiting: Count
+    mine: Count
+    tokens: Count
+    my_tokens: Count
+    used_blocks: Count
+    num_blocks: Count
     accepting: bool = True
 
 
 # DEALER identity -> how many requests that client has here, and their weight in tokens.
-Shares = dict[bytes, tuple[int, int]]
+Shares = dict[bytes, tuple[Count, Count]]
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
     """What an engine learned while it loaded its model."""
 
-    vocab_size: int
-    max_model_len: int
-    max_num_seqs: int
-    block_size: int
-    num_blocks: int
+    vocab_size: Positive
+    max_model_len: Positive
+    max_num_seqs: Positive
+    block_size: Positive
+    num_blocks: Positive
     dtype: str
     load_s: float
 
@@ -93,7 +109,7 @@ class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """These requests are no longer wanted."""
 
-    request_ids: list[int]
+    request_ids: Annotated[list[int], msgspec.Meta(max_length=_MAX_ABORTS)]
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
@@ -101,7 +117,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
 
     call_id: int
     method: str
-    args: list[msgspec.Raw]
+    args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
 class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="disconnect"):
@@ -120,9 +136,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: of the chosen token among the whole vocabulary, 1 is the most likely.
     """
 
-    token_ids: list[int]
+    token_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
     logprobs: list[float]
     rank: int
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError("token_ids and logprobs must be of equal length")
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
@@ -136,8 +156,8 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     reason: FinishReason
     stop_token_id: int | None = None
     error: str | None = None
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
+    num_cached_tokens: Count = 0
+    num_preemptions: Count = 0
     queued_s: float = 0.0
     first_token_s: float = 0.0
 
@@ -157,6 +177,12 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
         tuple[int, list[TokenLogprobs]]
     ] = []  # (request_id, of the next prompt positions; the first is position 1)
     by_client: Shares | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.request_ids) != len(self.token_ids):
+            raise ValueError("request_ids and token_ids must be of equal length")
+        if self.logprobs and not all(0 <= index < len(self.token_ids) for index, _ in self.logprobs):
+            raise ValueError("logprobs must hold indices into token_ids")
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True, tag="load"):
@@ -187,13 +213,20 @@ class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
     """What the engine does now, and how far it is with it (0 to 1)."""
 
     phase: str
-    fraction: float
+    fraction: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """The engine has loaded its model and bound its address."""
+    """The engine has loaded its model, and clients reach it at this address."""
 
     facts: EngineFacts
+    address: str
+
+    def __post_init__(self) -> None:
+        parse(self.address)
+
+    def __repr__(self) -> str:
+        return f"Ready({self.facts!r}, {shown(self.address)!r})"
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
@@ -242,15 +275,22 @@ FromFrontend = Returned | Raised
 class Member(msgspec.Struct, frozen=True, array_like=True):
     """An engine that takes requests. `load.mine` is the receiving client's.
 
-    incarnation: how often it was started again. last_error: how the incarnation before this one ended.
+    address: over tcp with the key, so this is told only to who is let in himself. incarnation: how often it was started
+    again. last_error: how the incarnation before this one ended.
     """
 
-    engine_id: int
-    incarnation: int
+    engine_id: EngineId
+    incarnation: Count
     address: str
     facts: EngineFacts
     load: Load
     last_error: str | None = None
+
+    def __post_init__(self) -> None:
+        parse(self.address)
+
+    def __repr__(self) -> str:
+        return f"Member({self.engine_id}, {self.incarnation}, {shown(self.address)!r}, {self.facts!r}, {self.load!r})"
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
@@ -268,7 +308,7 @@ class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collecti
 
     call_id: int
     method: str
-    args: list[msgspec.Raw]
+    args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
 ToCoordinator = Attach | Detach | CollectiveCall
@@ -287,8 +327,8 @@ class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
     be announced by Joined; sent once more, with False, when it is given up.
     """
 
-    engine_id: int
-    incarnation: int
+    engine_id: EngineId
+    incarnation: Count
     reason: str
     exit_code: int | None
     stderr_tail: str = ""
@@ -310,7 +350,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
 class Counts(msgspec.Struct, frozen=True, array_like=True, tag="counts"):
     """The newest loads of engines whose load changed: (engine_id, load)."""
 
-    loads: list[tuple[int, Load]]
+    loads: list[tuple[EngineId, Load]]
 
 
 class Farewell(msgspec.Struct, frozen=True, array_like=True, tag="farewell"):
@@ -320,7 +360,7 @@ class Farewell(msgspec.Struct, frozen=True, array_like=True, tag="farewell"):
 class EngineResult(msgspec.Struct, frozen=True, array_like=True):
     """One engine's answer: `value` (msgpack) or `error`. died: the engine did, before it answered."""
 
-    engine_id: int
+    engine_id: EngineId
     value: msgspec.Raw = msgspec.Raw(b"\xc0")
     error: str | None = None
     died: bool = False

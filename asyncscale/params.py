@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import msgspec
@@ -13,6 +13,13 @@ from asyncscale.errors import InvalidRequestError
 
 GREEDY_EPSILON = 1e-5  # a lower temperature is greedy, as in vLLM
 _MAX_COUNT = 2**31 - 1
+
+# How many a request may have, for callers and for engines alike. All of a request must fit a message.
+MAX_STOP_TOKEN_IDS = 4096
+MAX_LOGIT_BIAS = 65_536
+MAX_BAD_WORDS = 4096
+MAX_BAD_WORD_TOKENS = 65_536  # of all words together
+MAX_LOGPROBS = 1000
 _LEAST = sys.float_info.min  # what is less is lost in arithmetic
 
 # What a field means when neither the caller nor the model's generation_config.json sets it (vLLM's defaults).
@@ -163,7 +170,7 @@ def _bool(name: str, value: object) -> None:
 
 
 def _token_ids(name: str, value: object) -> None:
-    for token_id in () if value is None else _items(name, value):
+    for token_id in () if value is None else _items(name, value, MAX_STOP_TOKEN_IDS):
         _COUNT(f"an item of {name}", token_id)
 
 
@@ -172,6 +179,7 @@ def _logit_bias(name: str, value: object) -> None:
         return
     if not isinstance(value, Mapping):
         raise InvalidRequestError(f"{name} must map token ids to numbers, got {value!r}")
+    _check_length(name, value, MAX_LOGIT_BIAS)
     for token_id, bias in value.items():
         _COUNT(f"a key of {name}", token_id)
         _ANY_NUMBER(f"a value of {name}", bias)
@@ -185,16 +193,23 @@ def _range(low: float, high: float, open_low: bool = False) -> str:
     return f"in {'(' if open_low else '['}{low}, {high}]"
 
 
-def _items(name: str, values: object) -> Sequence[object]:
+def _items(name: str, values: object, most: int) -> Sequence[object]:
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise InvalidRequestError(f"{name} must be a list, got {values!r}")
+    _check_length(name, values, most)
     return values
+
+
+def _check_length(name: str, values: Sized, most: int) -> None:
+    if len(values) > most:
+        raise InvalidRequestError(f"{name} must hold at most {most} items, got {len(values)}")
 
 
 def _strings(name: str, values: object) -> None:
     if name == "stop" and isinstance(values, str):
         values = (values,)
-    for value in () if values is None else _items(name, values):
+    most = MAX_BAD_WORDS if name == "bad_words" else _MAX_COUNT  # stop strings stay with the caller
+    for value in () if values is None else _items(name, values, most):
         if not isinstance(value, str):
             raise InvalidRequestError(f"{name} must hold strings, got {value!r}")
         if not value:
@@ -221,8 +236,8 @@ _CHECKS: dict[str, Check] = {
     "ignore_eos": _bool,
     "max_tokens": _integer(1, _MAX_COUNT),
     "min_tokens": _COUNT,
-    "logprobs": _integer(0, 1000),
-    "prompt_logprobs": _integer(0, 1000),
+    "logprobs": _integer(0, MAX_LOGPROBS),
+    "prompt_logprobs": _integer(0, MAX_LOGPROBS),
     "include_stop_str_in_output": _bool,
     "skip_special_tokens": _bool,
 }

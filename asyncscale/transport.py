@@ -1,7 +1,15 @@
-"""ZeroMQ sockets as both sides make them: addresses on this host, options, one place. No asyncio here.
+"""ZeroMQ sockets as both sides make them: on this host or over tcp, options, one place. No asyncio here.
 
-Sockets live in a folder of mode 0700, so that only their user can reach them. Every engine incarnation has a path of
-its own: an address is never bound twice, and a message for a dead engine cannot reach its successor.
+On one host, sockets live in a folder of mode 0700, so that only their user can reach them. Every engine incarnation has
+an address of its own, a path or a port: a message for a dead engine cannot reach its successor.
+
+Over tcp, everything is encrypted and authenticated by CurveZMQ (https://rfc.zeromq.org/spec/26/), under one key pair
+that the owner makes at start. To know its public key is what lets a client in: the server's permanent key is never
+sent. Each client must know it beforehand, because its HELLO holds a box for that key, and a server ends the connection
+when it cannot open that; boxes do not tell whom they are for, and there are 2**251 keys to guess from. A check of the
+clients' own keys (ZAP) would add nothing, as those keys would be handed over in the same address. What the public key
+does not give: to read what others send, or to pose as the owner or an engine. That takes the secret key, and for what
+was sent in the past not even that is enough.
 """
 
 from __future__ import annotations
@@ -10,13 +18,33 @@ import contextlib
 import os
 import shutil
 import socket as socket_module
+import struct
 import tempfile
+from typing import Literal
 
 import zmq
+from zmq.utils import z85
+
+from asyncscale import messages
+from asyncscale.address import Address, CurveKeys, TcpBinding, parse
+from asyncscale.errors import AsyncScaleError
 
 # Plain integers: or-ing zmq's enumerations takes longer than sending.
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+
+_EVENT = struct.Struct("=H")
+
+# One more than any message has.
+_MAX_FRAMES = 3
+
+# Messages of one peer that a ROUTER takes ahead of `recv`; the peer keeps the others, and so does its own memory.
+_MAX_UNTAKEN = 10_000
+# A peer that connects has so long to say who it is. One that was cut off over tcp is noticed after as long: by probes
+# when the connection is quiet, or when what was sent is not acknowledged.
+_HANDSHAKE_MS = 5000
+_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT = 2, 1, 3
+_UNACKNOWLEDGED_MS = 5000
 
 # The longest path that fits sockaddr_un with room for the socket's own name.
 _MAX_FOLDER = 80
@@ -37,8 +65,39 @@ def remove_runtime_folder(folder: str) -> None:
 
 
 def coordinator_address(folder: str) -> str:
-    """Where the coordinator binds: what clients attach to."""
+    """Where the coordinator binds, unless over tcp."""
     return f"ipc://{folder}/coordinator"
+
+
+def tcp_binding(host: str) -> TcpBinding:
+    """A binding to `host`, an address or a name of this machine, with new keys. Blocks while it looks the name up.
+
+    Bound to all interfaces (0.0.0.0, ::), it publishes the address of the one that leads out.
+    Raises ValueError when the host is not of this machine.
+    """
+    if not zmq.has("curve"):
+        raise AsyncScaleError("host= needs CURVE, and this pyzmq's libzmq was built without it; pyzmq's wheels have it")
+    try:
+        family, _, _, _, where = socket_module.getaddrinfo(host, 0, type=socket_module.SOCK_STREAM)[0]
+        with socket_module.socket(family, socket_module.SOCK_STREAM) as probe:
+            probe.bind(where)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host must be an address or a name of this machine, got {host!r}: {error}") from None
+    number = str(where[0])
+    public, secret = map(z85.decode, zmq.curve_keypair())
+    published = _outward_address(family) if number in ("0.0.0.0", "::") else number
+    return TcpBinding(number, published, CurveKeys(public, secret))
+
+
+def _outward_address(family: int) -> str:
+    """Of the interface that packets to other networks leave by; of this host itself when there is none."""
+    local, elsewhere = ("::1", "2001:db8::1") if family == socket_module.AF_INET6 else ("127.0.0.1", "192.0.2.1")
+    with socket_module.socket(family, socket_module.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((elsewhere, 9))  # of a datagram socket: sends nothing
+        except OSError:
+            return local
+        return str(probe.getsockname()[0])
 
 
 def progress_path(address: str) -> str | None:
@@ -47,7 +106,9 @@ def progress_path(address: str) -> str | None:
 
 
 def is_listening(address: str) -> bool:
-    """Whether a process has bound this ipc address; False for what is no address at all."""
+    """Whether a process has bound this ipc address. Over tcp, only connecting tells: True."""
+    if not address.startswith("ipc://"):
+        return True
     with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM) as probe:
         try:
             probe.connect(address.removeprefix("ipc://"))
@@ -57,34 +118,77 @@ def is_listening(address: str) -> bool:
 
 
 def unlink_address(address: str) -> None:
-    """Remove the socket file of an ipc address."""
+    """Remove the socket file of an ipc address, if there is one."""
     with contextlib.suppress(OSError):
         os.unlink(address.removeprefix("ipc://"))
 
 
-def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str, *, max_unread: int = 0) -> zmq.Socket[bytes]:
-    """A ROUTER that raises EHOSTUNREACH when it sends to a peer that is gone, instead of dropping silently.
+def bind_router(
+    context: zmq.Context[zmq.Socket[bytes]],
+    address: str,
+    *,
+    tcp: TcpBinding | None = None,
+    max_unread: int = 0,
+    max_bytes: int = messages.MAX_REQUEST_BYTES,
+) -> zmq.Socket[bytes]:
+    """A ROUTER at `address`, or over `tcp`, that raises EHOSTUNREACH when it sends to a peer that is gone, instead of
+    dropping silently.
 
-    max_unread: so many messages may wait for a peer; then a send raises EAGAIN. 0: any number.
+    max_unread: so many messages may wait for a peer; then a send raises EAGAIN. 0:
+    any number. max_bytes: a peer that sends a longer frame is disconnected. (libzmq bounds no message of many frames;
+    it is the peer's memory first that those fill.)
     """
+    endpoint = address if tcp is None else tcp.endpoint
     socket = context.socket(zmq.ROUTER)
-    _common(socket)
+    _common(socket, endpoint, max_bytes)
     socket.setsockopt(zmq.SNDHWM, max_unread)
+    socket.setsockopt(zmq.RCVHWM, _MAX_UNTAKEN)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.bind(address)
+    if tcp is not None:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, tcp.keys.secret)
+    socket.bind(endpoint)
     return socket
+
+
+def published_address(socket: zmq.Socket[bytes], tcp: TcpBinding | None) -> str:
+    """Under which address others reach a bound socket."""
+    endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    return endpoint if tcp is None else tcp.address(int(endpoint.rpartition(":")[2]))
 
 
 def connect_dealer(
     context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes, *, max_unread: int = 0
 ) -> zmq.Socket[bytes]:
     """A DEALER under the client's identity. max_unread: so many messages are taken from the peer ahead of `recv`."""
+    where = Address(address) if address.startswith("inproc://") else parse(address)
     socket = context.socket(zmq.DEALER)
-    _common(socket)
+    _common(socket, where.endpoint, messages.MAX_ANSWER_BYTES)
     socket.setsockopt(zmq.RCVHWM, max_unread)
     socket.setsockopt(zmq.IDENTITY, identity)
-    socket.connect(address)
+    if where.server_key is not None:
+        _use_curve(socket, where.server_key)
+    socket.connect(where.endpoint)
     return socket
+
+
+# What `connection_event` tells apart.
+CONNECTION_EVENTS = int(
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+def connection_event(frames: list[bytes]) -> Literal["disconnected", "unreachable", "refused"]:
+    """What a monitor socket for CONNECTION_EVENTS tells: the connection ended; nobody listens; or somebody does, who
+    ends the handshake, as for a wrong key. Format: zmq_socket_monitor(3)."""
+    (event,) = _EVENT.unpack_from(frames[0])
+    if event == zmq.EVENT_DISCONNECTED:
+        return "disconnected"
+    return "unreachable" if event == zmq.EVENT_CONNECT_RETRIED else "refused"
 
 
 def send(socket: zmq.Socket[bytes], *frames: bytes) -> None:
@@ -95,14 +199,15 @@ def send(socket: zmq.Socket[bytes], *frames: bytes) -> None:
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[bytes] | None:
-    """The frames of the next message that has arrived; None when there is none."""
+    """The frames of the next message that has arrived, or the first three of many; None when there is none."""
     if not may_receive(socket):  # to ask is cheaper than to catch what `recv` would raise
         return None
     frame = socket.recv(_NOBLOCK, copy=False)
     frames = [frame.bytes]
     while frame.more:
         frame = socket.recv(_NOBLOCK, copy=False)
-        frames.append(frame.bytes)
+        if len(frames) < _MAX_FRAMES:
+            frames.append(frame.bytes)
     return frames
 
 
@@ -111,8 +216,24 @@ def may_receive(socket: zmq.Socket[bytes]) -> bool:
     return bool(int(socket.get(_EVENTS)) & _POLLIN)
 
 
-def _common(socket: zmq.Socket[bytes]) -> None:
+def _use_curve(socket: zmq.Socket[bytes], server_key: bytes) -> None:
+    public, secret = zmq.curve_keypair()  # any will do
+    socket.setsockopt(zmq.CURVE_SERVERKEY, server_key)
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+
+
+def _common(socket: zmq.Socket[bytes], endpoint: str, max_bytes: int) -> None:
     # Nothing waits at close; and a send never blocks: what is queued is bounded by the requests' own tokens.
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+    if endpoint.startswith("tcp://"):
+        socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _KEEPALIVE_INTERVAL_S)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, _KEEPALIVE_COUNT)
+        socket.setsockopt(zmq.TCP_MAXRT, _UNACKNOWLEDGED_MS)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import msgspec
 import zmq
 
-from asyncscale import messages
+from asyncscale import messages, transport
+from asyncscale.address import parse, shown
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.generation import Generation
@@ -57,6 +58,9 @@ class AsyncScaleClient:
     hang_timeout: seconds without
     progress after which an engine that neither computes nor waits for requests is killed and started again (a stopped
     one after a tenth, one that uses CPU after ten times as long); None: never.
+    host: None lets clients of this host and user attach, over sockets in a private folder. An address or a name of this
+    machine ("127.0.0.1", "10.0.0.1", "::1"; "0.0.0.0" is all its interfaces) lets others attach over tcp, encrypted:
+    those who have `address`, which then is a secret.
     progress: show bars on stderr; None does when it is a terminal.
     **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
 
@@ -74,6 +78,7 @@ class AsyncScaleClient:
         restart_timeout: float = 60.0,
         max_restarts: int = 8,
         hang_timeout: float | None = 10.0,
+        host: str | None = None,
         progress: bool | None = None,
         **options: Any,
     ) -> None:
@@ -83,12 +88,15 @@ class AsyncScaleClient:
             raise ValueError(f'num_engines must be "auto" or an integer of at least 1, got {num_engines!r}')
         if not isinstance(model, str | os.PathLike | SimulatedModel):
             raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
+        if host is not None and not isinstance(host, str):
+            raise TypeError(f"host must be a string or None, got {type(host).__name__}")
         self._model = model
         self._num_engines = auto_num_engines() if num_engines == "auto" else num_engines
         self._config = engine_config(options)
         self._start_timeout = start_timeout
         self._max_restarts = max_restarts
         self._hang_timeout = hang_timeout
+        self._host = host
         self._progress = progress
         self._prepare(routing, restart_timeout, None)
 
@@ -102,10 +110,10 @@ class AsyncScaleClient:
 
             async with AsyncScaleClient.attach(address) as client: ...
 
-        Closing it leaves the engines running.
+        Closing it leaves the engines running. From another host (see `host`), a model that is a path or of the hub must
+        be at the same path there. Raises ValueError for what can be no address.
         """
-        if not isinstance(address, str) or not address.startswith("ipc://"):
-            raise ValueError(f"address must be what another client's .address gave, got {address!r}")
+        parse(address)
         client = cls.__new__(cls)
         client._prepare(routing, restart_timeout, address)
         return client
@@ -160,6 +168,7 @@ class AsyncScaleClient:
                 source = self._model
             else:
                 source = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
+            tcp = None if self._host is None else await asyncio.to_thread(transport.tcp_binding, self._host)
             launch = Launch(
                 source,
                 self._config,
@@ -168,6 +177,7 @@ class AsyncScaleClient:
                 progress.on_loading,
                 self._max_restarts,
                 self._hang_timeout,
+                tcp,
             )
             self._use(OwnedEngines(self._context, launch, self._dispatcher))
             try:
@@ -187,14 +197,14 @@ class AsyncScaleClient:
             facts.max_model_len,
             facts.num_blocks,
             facts.block_size,
-            self._engines.address,
+            shown(self._engines.address),
         )
 
     async def _start_attached(self, address: str) -> None:
         self._use(AttachedEngines(self._context, self._identity, address, self._dispatcher))
         await self._engines.start()
         await self._connect(await asyncio.to_thread(load_codec, self._engines.model))
-        logger.debug("attached to %d engines at %s", len(self._engines.roster.members), address)
+        logger.debug("attached to %d engines at %s", len(self._engines.roster.members), shown(address))
 
     def _use(self, engines: Engines) -> None:
         self._engines = engines
@@ -333,7 +343,10 @@ class AsyncScaleClient:
 
     @property
     def address(self) -> str:
-        """What `AsyncScaleClient.attach` takes, in this process or another on the same host."""
+        """What `AsyncScaleClient.attach` takes, in this process or another.
+
+        With `host`, it holds the key that lets in whoever has it, from wherever it is reached: then it is a secret.
+        """
         self._check_usable()
         return self._engines.address
 
@@ -378,6 +391,10 @@ class AsyncScaleClient:
         """
         self._check_usable()
         raw = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
+        if len(args) > messages.MAX_CALL_ARGS or sum(map(len, map(bytes, raw))) > messages.MAX_CALL_BYTES:
+            raise ValueError(
+                f"a call may have {messages.MAX_CALL_ARGS} arguments of {messages.MAX_CALL_BYTES} bytes, all together"
+            )
         async with asyncio.timeout(timeout):
             results = await self._engines.call(method, raw)
         if not results and self._dispatcher.last_death is not None:
@@ -400,7 +417,7 @@ class AsyncScaleClient:
 
     def __repr__(self) -> str:
         what = (
-            f"attached to {self._attach_to!r}"
+            f"attached to {shown(self._attach_to)!r}"
             if self._attach_to
             else f"{self._model!r}, num_engines={self._num_engines}"
         )
@@ -409,6 +426,9 @@ class AsyncScaleClient:
 
 def _value(result: messages.EngineResult) -> Any:
     if result.error is None:
-        return msgspec.msgpack.decode(result.value)
+        try:
+            return msgspec.msgpack.decode(result.value)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            raise EngineError("the engine's result cannot be read", engine_id=result.engine_id) from None
     kind = EngineDeadError if result.died else EngineError
     raise kind(result.error, engine_id=result.engine_id)

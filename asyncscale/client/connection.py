@@ -16,7 +16,8 @@ from asyncscale.errors import EngineDeadError
 
 
 class EngineConnection:
-    """Sends an engine what this client wants of it, and `on_message` what it says. Usable at once.
+    """Sends an engine what this client wants of it, and `on_message` what it says (None for what makes no sense).
+    Usable at once.
 
     An engine that cannot be reached is not noticed here: whoever started it watches its process.
     """
@@ -26,11 +27,11 @@ class EngineConnection:
         context: zmq.Context[zmq.Socket[bytes]],
         identity: bytes,
         member: messages.Member,
-        on_message: Callable[[EngineConnection, messages.FromEngine], None],
+        on_message: Callable[[EngineConnection, messages.FromEngine | None], None],
     ) -> None:
         self.engine_id = member.engine_id
         self._address = member.address
-        self.num_malformed = 0
+        self.vocab_size = member.facts.vocab_size
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, asyncio.Future[messages.EngineResult]] = {}
@@ -84,10 +85,8 @@ class EngineConnection:
         self._socket.close()
 
     def _on_frames(self, frames: list[bytes]) -> None:
-        message = messages.decode(messages.from_engine_decoder, frames[0])
+        message = messages.decode(messages.from_engine_decoder, frames[0]) if len(frames) == 1 else None
         match message:
-            case None:
-                self.num_malformed += 1
             case messages.CallResult(call_id, value, error):
                 future = self._calls.get(call_id)
                 if future is not None and not future.done():

@@ -10,6 +10,7 @@ import msgspec
 import zmq
 
 from asyncscale import messages, transport
+from asyncscale.address import TcpBinding
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.roster import Roster
@@ -40,7 +41,7 @@ class Coordinator:
 
     Each client is sent its own share in the counts (`Load.mine`), so the same report means something else to each.
     dispatcher: the owner's own; what it hears of the engines' loads is passed on, and calls of all clients go through
-    it, so that all engines get them in one order.
+    it, so that all engines get them in one order. tcp: where to listen; None: in `folder`.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class Coordinator:
         model: ModelSource,
         roster: Roster,
         dispatcher: Dispatcher,
+        tcp: TcpBinding | None = None,
     ) -> None:
-        self.address = transport.coordinator_address(folder)
         self._loop = asyncio.get_running_loop()
         self._model = model
         self._dispatcher = dispatcher
@@ -61,7 +62,9 @@ class Coordinator:
         self._publishing: asyncio.Handle | None = None
         self._next_publish = 0.0
         self._calls: set[asyncio.Task[None]] = set()
-        socket = transport.bind_router(context, self.address, max_unread=_MAX_UNREAD)
+        address = transport.coordinator_address(folder)
+        socket = transport.bind_router(context, address, tcp=tcp, max_unread=_MAX_UNREAD)
+        self.address = transport.published_address(socket, tcp)  # what clients attach to
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self.num_malformed = 0
 

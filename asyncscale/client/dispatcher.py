@@ -65,6 +65,7 @@ class Dispatcher:
         self._stranded: dict[int, list[RequestStream]] = {}  # pinned to an engine that will return
         self._deaths: dict[int, EngineDeadError] = {}  # of engines that are not back
         self.last_death: EngineDeadError | None = None
+        self.num_malformed = 0  # messages of engines that were dropped because they made no sense
 
     # --- engines
 
@@ -349,10 +350,15 @@ class Dispatcher:
 
     # --- what engines say
 
-    def _on_message(self, connection: EngineConnection, message: messages.FromEngine) -> None:
+    def _on_message(self, connection: EngineConnection, message: messages.FromEngine | None) -> None:
         engine_id = connection.engine_id
         match message:
+            case None:
+                self._on_nonsense(engine_id)
             case messages.Outputs():
+                token_ids = message.token_ids
+                if token_ids and (max(token_ids) >= connection.vocab_size or min(token_ids) < 0):
+                    self._end_impossible(connection, message)
                 self._on_outputs(engine_id, message)
                 self._on_load(engine_id, messages.LoadReport(message.load, message.by_client))
             case messages.LoadReport():
@@ -362,6 +368,23 @@ class Dispatcher:
         if self._load_watcher is not None and report.by_client is not None:
             self._load_watcher(engine_id, report)
         self.report(engine_id, report.load)
+
+    def _on_nonsense(self, engine_id: int) -> None:
+        """A message was dropped: it may have held tokens of any request aboard, which would go on without them."""
+        self.num_malformed += 1
+        for request in [request for request in self._requests.values() if request.engine_id == engine_id]:
+            error = "a message of its engine made no sense, and may have held some of its tokens"
+            self.abort(request, EngineError(f"request {request.request_id!r}: {error}", engine_id=engine_id))
+
+    def _end_impossible(self, connection: EngineConnection, outputs: messages.Outputs) -> None:
+        """End the requests that were sent a token which the model does not have."""
+        self.num_malformed += 1
+        for wire_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
+            choice = self._choices.get(wire_id)
+            if choice is not None and not 0 <= token_id < connection.vocab_size:
+                error = f"its engine sent token id {token_id}; the model has ids 0 to {connection.vocab_size - 1}"
+                request, engine_id = choice.request, connection.engine_id
+                self.abort(request, EngineError(f"request {request.request_id!r}: {error}", engine_id=engine_id))
 
     def _on_outputs(self, engine_id: int, outputs: messages.Outputs) -> None:
         # Whoever is woken here runs when all of the message has been taken in.
@@ -402,9 +425,10 @@ class Dispatcher:
                 choice.request.prompt_logprobs.extend(prompt_logprobs)
 
     def _on_finished(self, engine_id: int, finished: messages.Finished) -> None:
-        choice = self._choices.pop(finished.request_id, None)
-        if choice is None:
+        choice = self._choices.get(finished.request_id)
+        if choice is None or choice.request.engine_id != engine_id:
             return
+        del self._choices[finished.request_id]
         request = choice.request
         self._router.ended(engine_id, 1, request.weight)
         if choice.index == 0:

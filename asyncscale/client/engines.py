@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from asyncscale import messages, transport
+from asyncscale.address import shown
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engine_process import EngineProcess
@@ -36,6 +37,10 @@ class Engines(Protocol):
     model: ModelSource
     roster: Roster
 
+    @property
+    def num_malformed(self) -> int:
+        """Messages over the coordinator's socket that were dropped because they made no sense."""
+
     async def start(self) -> None:
         """Return when the engines are ready."""
 
@@ -56,11 +61,13 @@ class OwnedEngines:
         dispatcher: Dispatcher,
     ) -> None:
         self.model = launch.model
-        self.roster = Roster(dispatcher)
+        self.roster = Roster(dispatcher, self._progress_path)
         self._dispatcher = dispatcher
         self.supervisor = Supervisor(launch, self._on_ready, self._on_death)
         try:
-            self._coordinator = Coordinator(context, self.supervisor.folder, self.model, self.roster, dispatcher)
+            self._coordinator = Coordinator(
+                context, self.supervisor.folder, self.model, self.roster, dispatcher, launch.tcp
+            )
         except BaseException:
             transport.remove_runtime_folder(self.supervisor.folder)
             raise
@@ -82,7 +89,18 @@ class OwnedEngines:
     def _on_ready(self, engine: EngineProcess, facts: messages.EngineFacts, last_error: str | None) -> None:
         load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
         spec = engine.spec
-        self._coordinator.join(messages.Member(spec.engine_id, spec.incarnation, spec.address, facts, load, last_error))
+        self._coordinator.join(
+            messages.Member(spec.engine_id, spec.incarnation, engine.address, facts, load, last_error)
+        )
+
+    def _progress_path(self, member: messages.Member) -> str | None:
+        engine = self.supervisor.engines.get(member.engine_id)
+        return None if engine is None else engine.spec.progress_path
+
+    @property
+    def num_malformed(self) -> int:
+        """Messages of attached clients that were dropped because they made no sense."""
+        return self._coordinator.num_malformed
 
     def _on_death(self, engine: EngineProcess, error: EngineError, returns: bool) -> None:
         self._coordinator.leave(
@@ -113,16 +131,13 @@ class AttachedEngines:
         self._ended: AsyncScaleError | None = None  # why there will be no more answers
         self._call_ids = itertools.count()
         if not transport.is_listening(address):
-            raise AsyncScaleError(f"nobody is at {address!r}: is the owner closed, or on another host?")
+            raise self._nobody()
         socket = transport.connect_dealer(context, address, identity, max_unread=_MAX_UNREAD)
-        # An owner that is killed says no farewell: the connection ends.
         self._monitor = LoopSocket(
-            self._loop,
-            socket.get_monitor_socket(zmq.EVENT_DISCONNECTED),
-            lambda _: self._owner_left("its owner died"),
+            self._loop, socket.get_monitor_socket(transport.CONNECTION_EVENTS), self._on_connection_event
         )
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
-        self.num_malformed = 0
+        self._num_malformed = 0
 
     async def start(self) -> None:
         """Learn members and counts, in one round trip. Raises AsyncScaleError when nobody answers at the address."""
@@ -132,9 +147,15 @@ class AttachedEngines:
                 welcome = await self._welcome
         except TimeoutError:
             raise AsyncScaleError(
-                f"no client answers at {self.address!r} within {_ATTACH_TIMEOUT_S:g} s: is its owner still running?"
+                f"no client answers at {shown(self.address)!r} within {_ATTACH_TIMEOUT_S:g} s: "
+                "is its owner still running?"
             ) from None
         self.model = welcome.model
+
+    @property
+    def num_malformed(self) -> int:
+        """Messages of the coordinator that were dropped because they made no sense."""
+        return self._num_malformed
 
     async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls: the coordinator's."""
@@ -160,9 +181,9 @@ class AttachedEngines:
         self._socket.send(messages.encoder.encode(message))
 
     def _on_frames(self, frames: list[bytes]) -> None:
-        match messages.decode(messages.from_coordinator_decoder, frames[0]):
+        match messages.decode(messages.from_coordinator_decoder, frames[0]) if len(frames) == 1 else None:
             case None:
-                self.num_malformed += 1
+                self._num_malformed += 1
             case messages.Welcome() as welcome:
                 self._on_welcome(welcome)
             case messages.Counts(loads):
@@ -184,7 +205,7 @@ class AttachedEngines:
         if welcome.version != messages.PROTOCOL_VERSION:
             self._end(
                 AsyncScaleError(
-                    f"the owner at {self.address!r} speaks protocol {welcome.version}, "
+                    f"the owner at {shown(self.address)!r} speaks protocol {welcome.version}, "
                     f"this client {messages.PROTOCOL_VERSION}: use the same version of asyncscale on both sides"
                 )
             )
@@ -192,6 +213,23 @@ class AttachedEngines:
         self.roster.replace(welcome.members, welcome.left)
         if not self._welcome.done():
             self._welcome.set_result(welcome)
+
+    def _on_connection_event(self, frames: list[bytes]) -> None:
+        match transport.connection_event(frames):
+            case "refused":
+                self._end(
+                    AsyncScaleError(
+                        f"what listens at {shown(self.address)!r} does not let this client in: "
+                        "is the address whole, with its key, and that of an owner that still runs?"
+                    )
+                )
+            case "disconnected":  # an owner that is killed says no farewell
+                self._owner_left("its owner died")
+            case "unreachable" if not self._welcome.done():
+                self._end(self._nobody())
+
+    def _nobody(self) -> AsyncScaleError:
+        return AsyncScaleError(f"nobody is at {shown(self.address)!r}: is the owner closed, or on another host?")
 
     def _owner_left(self, reason: str) -> None:
         self.roster.leave_all(reason)

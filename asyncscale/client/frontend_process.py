@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,7 +40,7 @@ class FrontendJob:
     """What a front end is told at its start; `main` follows on the lifeline."""
 
     index: int
-    address: str
+    address: str = field(repr=False)
     argv: list[str]
 
 

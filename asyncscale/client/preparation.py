@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from asyncscale.errors import InvalidRequestError
 from asyncscale.messages import EngineFacts
-from asyncscale.params import Sampling, SamplingParams
+from asyncscale.params import MAX_BAD_WORD_TOKENS, Sampling, SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer]
@@ -101,6 +101,9 @@ class Preparation:
         self._check_ids("stop_token_ids", stop_token_ids)
         bias = params.logit_bias or {}
         self._check_ids("logit_bias", bias)
+        bad_words = self.codec.encode_bad_words(params.bad_words) if params.bad_words else ()
+        if sum(map(len, bad_words)) > MAX_BAD_WORD_TOKENS:
+            raise InvalidRequestError(f"bad_words must be at most {MAX_BAD_WORD_TOKENS} tokens long, all together")
         if not params.ignore_eos:
             stop_token_ids |= {token_id for token_id in self.codec.eos_token_ids if token_id < self.facts.vocab_size}
         return Sampling(
@@ -115,7 +118,7 @@ class Preparation:
             frequency_penalty=float(params.frequency_penalty),
             seed=random.getrandbits(64) if params.seed is None else params.seed & _UINT64,
             stop_token_ids=tuple(sorted(stop_token_ids)),
-            bad_words_token_ids=self.codec.encode_bad_words(params.bad_words) if params.bad_words else (),
+            bad_words_token_ids=bad_words,
             logit_bias=tuple((int(token_id), float(value)) for token_id, value in bias.items()),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from asyncscale import messages, progress, transport
+from asyncscale.address import TcpBinding
 from asyncscale.client import child_process
 from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.hang_detector import HangDetector
@@ -28,6 +29,9 @@ _EXIT_GRACE_S = 2.0
 _LOOKS_PER_TIMEOUT = 10
 _LEAST_LOOK_INTERVAL_S = 0.05
 
+# An engine that says more at once is no longer listened to.
+_MAX_LIFELINE_BYTES = 2**24
+
 LoadingCallback = Callable[[int, str, float], None]
 # An engine takes requests from now on; how the incarnation before it ended.
 ReadyCallback = Callable[[EngineProcess, messages.EngineFacts, str | None], None]
@@ -40,7 +44,7 @@ class Launch:
     """Which engines to start, and how often again.
 
     timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done.
-    max_restarts, hang_timeout: see AsyncScaleClient.
+    max_restarts, hang_timeout: see AsyncScaleClient. tcp: where they listen; None: in the private folder.
     """
 
     model: ModelSource
@@ -50,6 +54,7 @@ class Launch:
     on_loading: LoadingCallback
     max_restarts: int
     hang_timeout: float | None
+    tcp: TcpBinding | None = None
 
     @property
     def look_interval(self) -> float:
@@ -112,6 +117,7 @@ class Supervisor:
             folder=self.folder,
             model=self._launch.model,
             config=self._launch.config,
+            tcp=self._launch.tcp,
         )
         progress.make_file(spec.progress_path)
         process, lifeline = start_process(spec.name, run_engine, spec)
@@ -127,14 +133,15 @@ class Supervisor:
     def _on_lifeline(self, engine: EngineProcess) -> bool:
         """Take what the engine says while it starts. Whether it may say more."""
         try:
-            payload = engine.lifeline.recv_bytes()
+            payload = engine.lifeline.recv_bytes(_MAX_LIFELINE_BYTES)
         except (EOFError, OSError):
             self._loop.remove_reader(engine.lifeline.fileno())  # its exit follows, and tells the rest
             return False
         match messages.decode(messages.from_start_decoder, payload):
             case messages.Loading(phase, fraction):
                 self._launch.on_loading(engine.engine_id, phase, fraction)
-            case messages.Ready(facts):
+            case messages.Ready(facts, address) if engine.facts is None:
+                engine.address = address
                 self._engine_ready(engine, facts)
             case messages.Logged(level, text):
                 if text not in self._logged:  # by another engine

@@ -11,7 +11,14 @@ import numpy as np
 
 from asyncscale.engine.request import Request
 from asyncscale.messages import Add
-from asyncscale.params import Sampling
+from asyncscale.params import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    Sampling,
+)
 
 MAX_CHOICES = 1024
 _MAX_WEIGHT = 2**31 - 1  # sums of them stay within what a message can say
@@ -86,6 +93,7 @@ def _token_defects(message: Add, vocab_size: int, max_model_len: int) -> Iterato
 
 
 def _sampling_defects(sampling: Sampling, vocab_size: int) -> Iterator[str]:
+    yield from _length_defects(sampling)
     yield from _outside("stop_token_ids", sampling.stop_token_ids, vocab_size)
     yield from _outside("logit_bias", (token_id for token_id, _ in sampling.logit_bias), vocab_size)
     for word in sampling.bad_words_token_ids:
@@ -100,10 +108,18 @@ def _sampling_defects(sampling: Sampling, vocab_size: int) -> Iterator[str]:
             yield f"{name} must be in [{low}, {high}], got {value}"
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(sampling, name)
-        if value is not None and not 0 <= value <= vocab_size:
-            yield f"{name} must be in [0, {vocab_size}], got {value}"
+        if value is not None and not 0 <= value <= min(MAX_LOGPROBS, vocab_size):
+            yield f"{name} must be in [0, {min(MAX_LOGPROBS, vocab_size)}], got {value}"
     if not all(math.isfinite(bias) for _, bias in sampling.logit_bias):
         yield "logit_bias must hold finite numbers"
+
+
+def _length_defects(sampling: Sampling) -> Iterator[str]:
+    for name, most in _LENGTHS:
+        if len(getattr(sampling, name)) > most:
+            yield f"{name} must hold at most {most} items, got {len(getattr(sampling, name))}"
+    if sum(map(len, sampling.bad_words_token_ids)) > MAX_BAD_WORD_TOKENS:
+        yield f"bad_words_token_ids must hold at most {MAX_BAD_WORD_TOKENS} tokens"
 
 
 def _outside(name: str, token_ids: Iterable[int], vocab_size: int) -> Iterator[str]:
@@ -112,6 +128,11 @@ def _outside(name: str, token_ids: Iterable[int], vocab_size: int) -> Iterator[s
             yield f"{name} must hold token ids in [0, {vocab_size}), got {token_id}"
 
 
+_LENGTHS = (
+    ("stop_token_ids", MAX_STOP_TOKEN_IDS + 64),  # the model's own come on top of the caller's
+    ("logit_bias", MAX_LOGIT_BIAS),
+    ("bad_words_token_ids", 2 * MAX_BAD_WORDS),  # each alone, and after a space
+)
 _MAX_FLOAT = sys.float_info.max
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("min_tokens", 0, _INT64[-1]),

@@ -13,6 +13,7 @@ from asyncscale.config import EngineConfig
 from asyncscale.engine.admission import choice_ids, find_defect, make_choices
 from asyncscale.engine.batch import Batch, StepResult
 from asyncscale.engine.outbox import Outbox
+from asyncscale.engine.quota import Quota
 from asyncscale.engine.request import Request
 from asyncscale.engine.runner import Runner
 from asyncscale.engine.scheduler import Scheduler
@@ -49,6 +50,7 @@ class EngineCore:
         self._scheduler.listeners = (runner, self._stops, self._outbox)
         self._clients: dict[bytes, dict[int, Request]] = {}  # requests alive, by client and id
         self._num_alive = 0
+        self._quota = Quota()
         self._weights: dict[bytes, int] = {}  # of requests alive, by client
         self._num_arrived = 0
         self._paused = False
@@ -84,6 +86,8 @@ class EngineCore:
             choices = make_choices(message, client, arrival=self._clock(), first_order=self._num_arrived)
             self._num_arrived += len(choices)
             self._num_alive += len(choices)
+            for request in choices:
+                self._quota.take(request)
             self._clients.setdefault(client, {}).update((request.request_id, request) for request in choices)
             self._weights[client] = self._weights.get(client, 0) + message.weight * len(choices)
             self._queue_with_siblings(choices)
@@ -207,6 +211,9 @@ class EngineCore:
         for request_id in choice_ids(message):
             if request_id in alive:
                 return f"request id {request_id} is already in use"
+        excess = self._quota.find_excess(client, message)
+        if excess is not None:
+            return excess
         num_tokens, scheduler = len(message.token_ids) // 4, self._scheduler
         return None if scheduler.can_ever_fit(num_tokens) else scheduler.no_room_message(num_tokens)
 
@@ -246,6 +253,7 @@ class EngineCore:
         alive = self._clients[request.client]
         del alive[request.request_id]
         self._num_alive -= 1
+        self._quota.give_back(request)
         self._weights[request.client] -= request.weight
         if not alive:
             del self._clients[request.client]

@@ -52,7 +52,12 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             load_s=time.monotonic() - started,
         )
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = transport.bind_router(context, spec.address)
+        socket = transport.bind_router(
+            context,
+            spec.address,
+            tcp=spec.tcp,
+            max_bytes=messages.MAX_REQUEST_BYTES + 4 * runner.max_model_len,
+        )
         progress = Progress(spec.progress_path)
         runner.tick = progress.tick
         server = EngineServer(EngineCore(runner, spec.config), socket, spec.num_engines, progress)
@@ -63,7 +68,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     gc.collect()
     gc.freeze()  # what was made so far stays for good: no later collection needs to look at it
     logging.getLogger("asyncscale").removeHandler(log_handler)  # nobody reads the lifeline any more
-    tell(messages.Ready(facts))
+    tell(messages.Ready(facts, transport.published_address(socket, spec.tcp)))
     server.run()
 
 

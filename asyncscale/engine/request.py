@@ -18,6 +18,7 @@ class Request:
     SequenceTable is the truth. row: -1 while it waits.
     weight: see `Add`. order: counts arrivals at this engine. block_digests: of its full KV-cache blocks, from the first
     on, as far as they were needed yet. num_prompt_logprobs: how many prompt positions' logprobs its client has.
+    num_bytes: what it takes of its client's `Quota`.
     """
 
     client: bytes
@@ -37,6 +38,7 @@ class Request:
     siblings: list[Request] = field(default_factory=list)  # further choices, queued when this one's prompt is computed
     block_digests: list[bytes] = field(default_factory=list)
     num_prompt_logprobs: int = 0
+    num_bytes: int = 0
 
     @property
     def key(self) -> tuple[bytes, int]:

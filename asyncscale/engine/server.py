@@ -18,6 +18,10 @@ from asyncscale.progress import Progress
 # Who watches is told of changes at most so often: all engines together keep it busy for one or two percent of its time.
 _WATCH_INTERVAL_S = 0.0005  # times the number of engines
 
+# So many messages are taken between two steps: a client that floods delays its own, as libzmq takes them from all
+# clients in turn.
+_BURST = 1024
+
 
 @dataclass(slots=True)
 class _Peer:
@@ -73,7 +77,10 @@ class EngineServer:
             self._progress.rest()
             self._socket.poll(self._idle_ms())
             self._progress.work()
-        while (frames := transport.receive(self._socket)) is not None:
+        for _ in range(_BURST):
+            frames = transport.receive(self._socket)
+            if frames is None:
+                return
             message = messages.decode(messages.to_engine_decoder, frames[1]) if len(frames) == 2 else None
             if message is None:
                 self.num_malformed += 1

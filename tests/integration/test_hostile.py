@@ -207,7 +207,7 @@ async def test_extreme_but_legal_values_are_served(
         seed=2**64 - 1,
         stop_token_ids=tuple(range(1000)),
         logit_bias=tuple((token_id, -1e308) for token_id in range(1000)),
-        logprobs=32_000,
+        logprobs=1000,
     )
     hostile.send(messages.encoder.encode(messages.Add(2**62, PROMPT, 4, extreme, n=2, priority=2**63 - 1)))
     outputs = await engine_message(hostile)
