@@ -78,10 +78,12 @@ def tcp_binding(host: str) -> TcpBinding:
     if not zmq.has("curve"):
         raise AsyncScaleError("host= needs CURVE, and this pyzmq's libzmq was built without it; pyzmq's wheels have it")
     try:
+        if not host:
+            raise ValueError("it is empty")
         family, _, _, _, where = socket_module.getaddrinfo(host, 0, type=socket_module.SOCK_STREAM)[0]
         with socket_module.socket(family, socket_module.SOCK_STREAM) as probe:
             probe.bind(where)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no name at all
         raise ValueError(f"host must be an address or a name of this machine, got {host!r}: {error}") from None
     number = str(where[0])
     public, secret = map(z85.decode, zmq.curve_keypair())
@@ -98,11 +100,6 @@ def _outward_address(family: int) -> str:
         except OSError:
             return local
         return str(probe.getsockname()[0])
-
-
-def progress_path(address: str) -> str | None:
-    """Where the engine with this address shows its progress (see `asyncscale.progress`); None on another host."""
-    return f"{address.removeprefix('ipc://')}.progress" if address.startswith("ipc://") else None
 
 
 def is_listening(address: str) -> bool:

@@ -30,7 +30,7 @@ class EngineConnection:
         on_message: Callable[[EngineConnection, messages.FromEngine | None], None],
     ) -> None:
         self.engine_id = member.engine_id
-        self._address = member.address
+        self._progress_path = member.progress_path
         self.vocab_size = member.facts.vocab_size
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
@@ -59,8 +59,7 @@ class EngineConnection:
     @property
     def last_step_began(self) -> float:
         """When the engine began its last step, also after its death, by the monotonic clock; infinity if unknown."""
-        path = transport.progress_path(self._address)
-        seen = None if path is None else progress.look(path)
+        seen = None if self._progress_path is None else progress.look(self._progress_path)
         if seen is None:
             return math.inf
         return 0.0 if seen.step_began is None else seen.step_began

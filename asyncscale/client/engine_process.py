@@ -22,7 +22,8 @@ _STDERR_TAIL_BYTES = 8192
 
 @dataclass(eq=False)
 class EngineProcess:
-    """started_at, ready_at: of the event loop's clock. facts, address: once it is ready. failure: what it said of its own.
+    """started_at, ready_at: of the event loop's clock. facts, address: once it is ready. failure: what it said of a
+    failure.
 
     hang_detector: None when nobody minds. verdict: why its owner killed it, if it did.
     """
@@ -33,8 +34,8 @@ class EngineProcess:
     started_at: float
     hang_detector: HangDetector | None = None
     facts: messages.EngineFacts | None = None
-    ready_at: float | None = None
     address: str = field(default="", repr=False)
+    ready_at: float | None = None
     failure: messages.Failed | None = None
     verdict: str | None = field(default=None, init=False)
 

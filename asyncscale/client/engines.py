@@ -61,7 +61,7 @@ class OwnedEngines:
         dispatcher: Dispatcher,
     ) -> None:
         self.model = launch.model
-        self.roster = Roster(dispatcher, self._progress_path)
+        self.roster = Roster(dispatcher)
         self._dispatcher = dispatcher
         self.supervisor = Supervisor(launch, self._on_ready, self._on_death)
         try:
@@ -90,12 +90,10 @@ class OwnedEngines:
         load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
         spec = engine.spec
         self._coordinator.join(
-            messages.Member(spec.engine_id, spec.incarnation, engine.address, facts, load, last_error)
+            messages.Member(
+                spec.engine_id, spec.incarnation, engine.address, facts, load, last_error, spec.progress_path
+            )
         )
-
-    def _progress_path(self, member: messages.Member) -> str | None:
-        engine = self.supervisor.engines.get(member.engine_id)
-        return None if engine is None else engine.spec.progress_path
 
     @property
     def num_malformed(self) -> int:
