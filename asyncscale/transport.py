@@ -15,6 +15,7 @@ was sent in the past not even that is enough.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket as socket_module
@@ -33,6 +34,7 @@ from asyncscale.errors import AsyncScaleError
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
+_monitor_numbers = itertools.count()
 _EVENT = struct.Struct("=H")
 
 # One more than any message has.
@@ -169,8 +171,7 @@ def connect_dealer(
     return socket
 
 
-# What `connection_event` tells apart.
-CONNECTION_EVENTS = int(
+_CONNECTION_EVENTS = int(
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -179,8 +180,14 @@ CONNECTION_EVENTS = int(
 )
 
 
+def monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket that receives what happens to the connections of another: see `connection_event`."""
+    # A name of our own: pyzmq names it after a descriptor, which may be that of a socket whose monitor is not gone yet.
+    return socket.get_monitor_socket(_CONNECTION_EVENTS, f"inproc://monitor-{next(_monitor_numbers)}")
+
+
 def connection_event(frames: list[bytes]) -> Literal["disconnected", "unreachable", "refused"]:
-    """What a monitor socket for CONNECTION_EVENTS tells: the connection ended; nobody listens; or somebody does, who
+    """What a monitor socket tells: the connection ended; nobody listens; or somebody does, who
     ends the handshake, as for a wrong key. Format: zmq_socket_monitor(3)."""
     (event,) = _EVENT.unpack_from(frames[0])
     if event == zmq.EVENT_DISCONNECTED:

@@ -131,9 +131,7 @@ class AttachedEngines:
         if not transport.is_listening(address):
             raise self._nobody()
         socket = transport.connect_dealer(context, address, identity, max_unread=_MAX_UNREAD)
-        self._monitor = LoopSocket(
-            self._loop, socket.get_monitor_socket(transport.CONNECTION_EVENTS), self._on_connection_event
-        )
+        self._monitor = LoopSocket(self._loop, transport.monitor(socket), self._on_connection_event)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self._num_malformed = 0
 
