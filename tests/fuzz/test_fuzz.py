@@ -48,7 +48,7 @@ from asyncscale.tokenization.simulated import SimulatedTokenizer
 PACKAGE = str(Path(asyncscale.__file__).parent)
 CORPUS = Path(__file__).parent / "corpus"
 MODEL = SimulatedModel(base_ms=0, decode_us=0, prefill_us=0, vocab_size=300, max_model_len=64, num_kv_blocks=64)
-FACTS = messages.EngineFacts(300, 64, 4, 16, 64, "simulated", 0.0)
+FACTS = messages.EngineFacts(300, 64, 64, 16, 64, "simulated", 0.0)
 LOAD = messages.Load(1, 2, 3, 1, 100, 50, 7, 64)
 LOGPROBS = messages.TokenLogprobs([7, 8, 9], [-0.1, -2.0, -3.0], 1)
 
