@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ class EngineConnection:
 
     def send(self, message: messages.ToEngine) -> None:
         """Queue a message; it goes out as soon as the engine is there."""
-        self._socket.send(messages.encoder.encode(message))
+        with contextlib.suppress(zmq.Again):  # what is at its address is no engine, and libzmq gave up on it
+            self._socket.send(messages.encoder.encode(message))
 
     def connect(self, watch_loads: bool) -> None:
         """Introduce this client, or change what it wants to know."""

@@ -6,6 +6,7 @@ It owns them, or it is attached to those of another process. Same face, no subcl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Protocol
@@ -174,7 +175,8 @@ class AttachedEngines:
         self._monitor.close()
 
     def _send(self, message: messages.ToCoordinator) -> None:
-        self._socket.send(messages.encoder.encode(message))
+        with contextlib.suppress(zmq.Again):  # what is at the address is no owner, and libzmq gave up on it
+            self._socket.send(messages.encoder.encode(message))
 
     def _on_frames(self, frames: list[bytes]) -> None:
         match messages.decode(messages.from_coordinator_decoder, frames[0]) if len(frames) == 1 else None:
@@ -212,15 +214,15 @@ class AttachedEngines:
 
     def _on_connection_event(self, frames: list[bytes]) -> None:
         match transport.connection_event(frames):
-            case "refused":
+            case "disconnected" if self._welcome.done():  # an owner that is killed says no farewell
+                self._owner_left("its owner died")
+            case "refused" | "disconnected":
                 self._end(
                     AsyncScaleError(
                         f"what listens at {shown(self.address)!r} does not let this client in: "
                         "is the address whole, with its key, and that of an owner that still runs?"
                     )
                 )
-            case "disconnected":  # an owner that is killed says no farewell
-                self._owner_left("its owner died")
             case "unreachable" if not self._welcome.done():
                 self._end(self._nobody())
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
@@ -188,7 +189,7 @@ async def test_the_key_is_in_no_repr_log_or_error(caplog: pytest.LogCaptureFixtu
 
 async def death_of(client: AsyncScaleClient) -> tuple[str | None, EngineDeadError]:
     """How the only engine of a client died, when it has, in health and as an error."""
-    while client.health()[0].state == "ready":
+    while client.health()[0].state == "ready":  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     return client.health()[0].last_error, client._dispatcher._deaths[0]
 
@@ -284,3 +285,29 @@ async def test_a_peer_that_hangs_in_the_handshake_is_disconnected(client: AsyncS
         while await reader.read(1000):
             pass
     writer.close()
+
+
+async def test_attaching_to_what_is_no_owner_raises_and_to_engines_that_are_none_harms_nobody(
+    client: AsyncScaleClient,
+) -> None:
+    """A web server, say: libzmq gives up on a peer that speaks another protocol, and takes no more messages for it."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10)
+        with contextlib.suppress(OSError):
+            await writer.drain()
+            writer.close()
+
+    web_server = await asyncio.start_server(answer, HERE, 0)
+    async with web_server:
+        address = f"tcp://{HERE}:{web_server.sockets[0].getsockname()[1]}/?key={key_of(client.address)}"
+        async with asyncio.timeout(10):
+            with pytest.raises(AsyncScaleError, match="does not let this client in"):
+                await AsyncScaleClient.attach(address).start()
+        async with AsyncScaleClient.attach(client.address) as other:
+            known = client._engines.roster.members[0]
+            other._engines.roster.join(msgspec.structs.replace(known, engine_id=7, address=address))
+            await asyncio.sleep(0.2)
+            lost = other.generate("who hears this?", engine=7, **TEN)
+            lost.abort()
+    await assert_serving(client)
