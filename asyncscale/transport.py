@@ -171,8 +171,14 @@ def connect_dealer(
     return socket
 
 
+_EVENT_NAMES: dict[int, Literal["connected", "disconnected", "unreachable"]] = {
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: "connected",
+    zmq.EVENT_DISCONNECTED: "disconnected",
+    zmq.EVENT_CONNECT_RETRIED: "unreachable",
+}
 _CONNECTION_EVENTS = int(
-    zmq.EVENT_DISCONNECTED
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -186,13 +192,11 @@ def monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     return socket.get_monitor_socket(_CONNECTION_EVENTS, f"inproc://monitor-{next(_monitor_numbers)}")
 
 
-def connection_event(frames: list[bytes]) -> Literal["disconnected", "unreachable", "refused"]:
-    """What a monitor socket tells: the connection ended; nobody listens; or somebody does, who
-    ends the handshake, as for a wrong key. Format: zmq_socket_monitor(3)."""
+def connection_event(frames: list[bytes]) -> Literal["connected", "disconnected", "unreachable", "refused"]:
+    """What a monitor socket tells: the handshake is done; the connection ended, perhaps before that; nobody listens; or
+    somebody does, who ended the handshake, as for a wrong key. Format: zmq_socket_monitor(3)."""
     (event,) = _EVENT.unpack_from(frames[0])
-    if event == zmq.EVENT_DISCONNECTED:
-        return "disconnected"
-    return "unreachable" if event == zmq.EVENT_CONNECT_RETRIED else "refused"
+    return _EVENT_NAMES.get(event, "refused")
 
 
 def send(socket: zmq.Socket[bytes], *frames: bytes) -> None:

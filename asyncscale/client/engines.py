@@ -132,6 +132,7 @@ class AttachedEngines:
         if not transport.is_listening(address):
             raise self._nobody()
         socket = transport.connect_dealer(context, address, identity, max_unread=_MAX_UNREAD)
+        self._let_in = False
         self._monitor = LoopSocket(self._loop, transport.monitor(socket), self._on_connection_event)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self._num_malformed = 0
@@ -214,7 +215,9 @@ class AttachedEngines:
 
     def _on_connection_event(self, frames: list[bytes]) -> None:
         match transport.connection_event(frames):
-            case "disconnected" if self._welcome.done():  # an owner that is killed says no farewell
+            case "connected":
+                self._let_in = True
+            case "disconnected" if self._let_in:  # an owner that is killed says no farewell
                 self._owner_left("its owner died")
             case "refused" | "disconnected":
                 self._end(
