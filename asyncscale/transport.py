@@ -109,8 +109,11 @@ def is_listening(address: str) -> bool:
     if not address.startswith("ipc://"):
         return True
     with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(address.removeprefix("ipc://"))
+        except BlockingIOError:  # more want to connect than it has let in yet
+            return True
         except (OSError, ValueError):
             return False
         return True
@@ -187,7 +190,11 @@ _CONNECTION_EVENTS = int(
 
 
 def monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-    """A socket that receives what happens to the connections of another: see `connection_event`."""
+    """A socket that receives what happens to the connections of another: see `connection_event`.
+
+    Before either is closed, `socket.disable_monitor()`: else libzmq's thread may wait for ever until somebody reads, and
+    every other socket with it.
+    """
     # A name of our own: pyzmq names it after a descriptor, which may be that of a socket whose monitor is not gone yet.
     return socket.get_monitor_socket(_CONNECTION_EVENTS, f"inproc://monitor-{next(_monitor_numbers)}")
 

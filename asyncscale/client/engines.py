@@ -133,6 +133,7 @@ class AttachedEngines:
             raise self._nobody()
         socket = transport.connect_dealer(context, address, identity, max_unread=_MAX_UNREAD)
         self._let_in = False
+        self._stop_monitor = socket.disable_monitor
         self._monitor = LoopSocket(self._loop, transport.monitor(socket), self._on_connection_event)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self._num_malformed = 0
@@ -172,6 +173,7 @@ class AttachedEngines:
         """Leave."""
         self._end(ClientClosedError("the client was closed"))
         self._send(messages.Detach())
+        self._stop_monitor()
         self._socket.close()
         self._monitor.close()
 
