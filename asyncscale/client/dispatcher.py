@@ -334,11 +334,11 @@ class Dispatcher:
         return True
 
     def _send(self, request: RequestStream, engine_id: int, scores: dict[int, float]) -> None:
+        request.sent_at = time.monotonic()  # before the engine can have it
         for message in request.messages():
             self._connections[engine_id].send(message)
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
-        request.sent_at = time.monotonic()
         request.scores = scores
 
     def _abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:
