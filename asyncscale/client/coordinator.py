@@ -151,8 +151,10 @@ class Coordinator:
         if report is None:  # nobody watched so far: whoever asks is new, and has nothing there
             load = self._dispatcher.newest_load(engine_id) or self._roster[engine_id].load
             return msgspec.structs.replace(load, mine=0, my_tokens=0)
-        mine, my_tokens = (report.by_client or {}).get(identity, (0, 0))
-        return msgspec.structs.replace(report.load, mine=mine, my_tokens=my_tokens)
+        shares = report.by_client or {}
+        mine, my_tokens = shares.get(identity, (0, 0))
+        share = messages.fair_share(self._roster[engine_id].facts.max_num_seqs, identity, shares)
+        return msgspec.structs.replace(report.load, mine=mine, my_tokens=my_tokens, share=share)
 
     def _welcome(self, identity: bytes) -> messages.Welcome:
         members = [

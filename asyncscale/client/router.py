@@ -117,12 +117,13 @@ class Router:
         return self._prefixes.cached_tokens(hashes)
 
     def pick(self, request: RoutingRequest, now: float) -> Decision | None:
-        """Where to send the request; None while no engine that accepts requests has a free slot: then hold it back.
+        """Where to send the request; None when it should be held back: no engine that accepts requests has a free slot,
+        and this client has its fair share of every one.
 
         Raises TypeError when the policy returns something else than one of the loads that it was given.
         """
         loads = self.loads(now)
-        candidates = self._in_turn([load for load in loads if load.accepting and not load.full])
+        candidates = self._in_turn(_with_room(loads))
         if not candidates:
             return None
         chosen = self._policy(candidates, request)
@@ -157,6 +158,11 @@ class Router:
         return loads[start:] + loads[:start]
 
 
+def _with_room(loads: list[EngineLoad]) -> list[EngineLoad]:
+    accepting = [load for load in loads if load.accepting]
+    return [load for load in accepting if not load.full] or [load for load in accepting if load.mine < load.share]
+
+
 def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
     load = engine.load
     if load is None:
@@ -178,5 +184,6 @@ def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
         my_tokens=engine.my_tokens,
         other_tokens=max(0, load.tokens - load.my_tokens),
         accepting=load.accepting,
+        share=load.share,
         age_s=now - engine.reported_at,
     )
