@@ -135,6 +135,15 @@ class Router:
             self._sessions.settle(request.session, chosen.engine_id)
         return Decision(chosen.engine_id, {load.engine_id: self._measure(load) for load in loads})
 
+    def has_room(self, now: float) -> bool:
+        """Whether `pick` would find an engine."""
+        return bool(_with_room(self.loads(now)))
+
+    def excess(self, engine_id: int) -> int:
+        """How many requests this client has at the engine beyond those that run there at once."""
+        engine = self._engines.get(engine_id)
+        return 0 if engine is None else max(0, engine.mine - engine.capacity)
+
     def newest_load(self, engine_id: int) -> Load | None:
         """The engine's newest report as it came, if there was one."""
         engine = self._engines.get(engine_id)
