@@ -8,6 +8,7 @@ I/O.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -45,7 +46,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     version: grows with every change, so that older reports can be told. mine: how many of running + waiting the
     receiving client sent. tokens: the `Add.weight` of all running and waiting ones together; my_tokens: of mine.
     used_blocks, num_blocks: of the KV cache. accepting: False while the engine is paused or drained, and new requests
-    should go elsewhere.
+    should go elsewhere. share: the receiving client's part of max_num_seqs, if all that have requests here had equal
+    ones; until it has so many, it may send more, though the engine is full.
     """
 
     version: Count
@@ -57,10 +59,16 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     used_blocks: Count
     num_blocks: Count
     accepting: bool = True
+    share: Count = 0
 
 
 # DEALER identity -> how many requests that client has here, and their weight in tokens.
 Shares = dict[bytes, tuple[Count, Count]]
+
+
+def fair_share(capacity: int, client: bytes, clients: Collection[bytes]) -> int:
+    """Of `capacity` requests at once, for one client beside `clients`, those that have requests."""
+    return max(1, capacity // (len(clients) + (client not in clients)))
 
 
 class EngineFacts(msgspec.Struct, frozen=True):

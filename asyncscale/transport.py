@@ -192,8 +192,8 @@ _CONNECTION_EVENTS = int(
 def monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     """A socket that receives what happens to the connections of another: see `connection_event`.
 
-    Before either is closed, `socket.disable_monitor()`: else libzmq's thread may wait for ever until somebody reads, and
-    every other socket with it.
+    Before either is closed, `socket.disable_monitor()`: else libzmq's thread may wait for ever until somebody reads,
+    and every other socket with it.
     """
     # A name of our own: pyzmq names it after a descriptor, which may be that of a socket whose monitor is not gone yet.
     return socket.get_monitor_socket(_CONNECTION_EVENTS, f"inproc://monitor-{next(_monitor_numbers)}")

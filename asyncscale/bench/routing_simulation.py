@@ -150,7 +150,17 @@ class _Engine:
         self._version += 1
         aboard = Counter(request.client for request in (*self._waiting, *self._running))
         for client in self._simulation.clients:
-            load = Load(self._version, len(self._running), len(self._waiting), aboard[client], 0, 0, 0, 0)
+            load = Load(
+                self._version,
+                len(self._running),
+                len(self._waiting),
+                mine=aboard[client],
+                tokens=0,
+                my_tokens=0,
+                used_blocks=0,
+                num_blocks=0,
+                share=self._capacity // (len(aboard) + (client not in aboard)),
+            )
             own = [request for request in finished if request.client is client]
             self._simulation.tell(client, self._engine_id, load, own)
 

@@ -19,7 +19,7 @@ from asyncscale.address import parse, shown
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.generation import Generation
-from asyncscale.client.options import engine_config, find_model, routing_policy
+from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.policies import EngineLoad, Policy
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.progress import StartProgress
@@ -58,6 +58,9 @@ class AsyncScaleClient:
     hang_timeout: seconds without
     progress after which an engine that neither computes nor waits for requests is killed and started again (a stopped
     one after a tenth, one that uses CPU after ten times as long); None: never.
+    max_queued_requests, max_queued_tokens: how many requests of this client, and tokens of their prompts, may wait here
+    while every engine is full. Exact, and of this client alone: each has limits of its own. Beyond them `generate`
+    raises OverloadedError, and `submit` waits. None: no limit.
     host: None lets clients of this host and user attach, over sockets in a private folder. An address or a name of this
     machine ("127.0.0.1", "10.0.0.1", "::1"; "0.0.0.0" is all its interfaces) lets others attach over tcp, encrypted:
     those who have `address`, which then is a secret.
@@ -78,6 +81,8 @@ class AsyncScaleClient:
         restart_timeout: float = 60.0,
         max_restarts: int = 8,
         hang_timeout: float | None = 10.0,
+        max_queued_requests: int | None = None,
+        max_queued_tokens: int | None = None,
         host: str | None = None,
         progress: bool | None = None,
         **options: Any,
@@ -98,11 +103,17 @@ class AsyncScaleClient:
         self._hang_timeout = hang_timeout
         self._host = host
         self._progress = progress
-        self._prepare(routing, restart_timeout, None)
+        self._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), None)
 
     @classmethod
     def attach(
-        cls, address: str, *, routing: str | Policy = "least-loaded", restart_timeout: float = 60.0
+        cls,
+        address: str,
+        *,
+        routing: str | Policy = "least-loaded",
+        restart_timeout: float = 60.0,
+        max_queued_requests: int | None = None,
+        max_queued_tokens: int | None = None,
     ) -> AsyncScaleClient:
         """A client of engines that another process owns: `address` is that client's `address`.
 
@@ -115,12 +126,12 @@ class AsyncScaleClient:
         """
         parse(address)
         client = cls.__new__(cls)
-        client._prepare(routing, restart_timeout, address)
+        client._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), address)
         return client
 
-    def _prepare(self, routing: str | Policy, restart_timeout: float, attach_to: str | None) -> None:
+    def _prepare(self, routing: str | Policy, limits: Limits, attach_to: str | None) -> None:
         self._policy = routing_policy(routing)
-        self._restart_timeout = restart_timeout
+        self._limits = limits
         self._attach_to = attach_to
         self._state = State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -128,6 +139,7 @@ class AsyncScaleClient:
         self._starting: asyncio.Task[None]
         self._closed_while_starting = False
         self._closing: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
         self._cleanup = AsyncExitStack()  # in reverse: requests and connections, engines, sockets' context
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
@@ -144,7 +156,7 @@ class AsyncScaleClient:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._cleanup.callback(self._context.destroy, linger=0)
-        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._restart_timeout)
+        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
         self._starting = asyncio.ensure_future(
             self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to)
         )
@@ -221,7 +233,7 @@ class AsyncScaleClient:
 
         drain: let requests finish first (at most `timeout` seconds), while new ones are refused; those of attached
         clients, too, if it owns the engines. Otherwise, and after the timeout, they end with ClientClosedError.
-        Idempotent, and safe to call several times at once.
+        Idempotent, and safe to call several times at once: the first call decides, but one without drain ends a drain.
         """
         if self._state is State.NEW:
             self._state = State.CLOSED
@@ -236,17 +248,23 @@ class AsyncScaleClient:
                 self._starting.cancel()
             self._state = State.CLOSING
             self._closing = asyncio.ensure_future(self._close(drain, timeout))
+        elif not drain and self._draining is not None:
+            self._draining.cancel()
         await asyncio.shield(self._closing)
 
     async def _close(self, drain: bool, timeout: float | None) -> None:
         try:
             if drain:
-                async with asyncio.timeout(timeout):
-                    await self._drain()
-        except TimeoutError:
-            num_live = max(self._dispatcher.num_live, sum(load.in_flight for load in self._dispatcher.loads()))
-            logger.warning("closing: %d requests did not finish within %g s", num_live, timeout)
+                self._dispatcher.refuse_waiting(ClientClosedError("the client was closed"))
+                self._draining = asyncio.ensure_future(self._drain())
+                done, _ = await asyncio.wait({self._draining}, timeout=timeout)
+                if not done:
+                    logger.warning(
+                        "closing: %d requests did not finish within %g s", self._dispatcher.num_in_flight, timeout
+                    )
         finally:
+            if self._draining is not None:
+                self._draining.cancel()
             await self._shut_down()
 
     async def _drain(self) -> None:
@@ -299,11 +317,37 @@ class AsyncScaleClient:
         request_id: a label of your own, not used by another live request. priority: lower runs first.
         timeout: seconds until it is aborted with RequestTimeoutError. engine: send it to this engine and no other.
         session: requests of the same session prefer the same engine, whose prefix cache knows their past.
-        Raises InvalidRequestError, ClientStateError, EngineDeadError.
+        Raises InvalidRequestError, OverloadedError, ClientStateError, EngineDeadError.
         """
         self._check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
         return self._submission.submit(lambda: prompt, SamplingParams.of(params, sampling), options)
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        /,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        engine: int | None = None,
+        session: str | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Like `generate`, but where that raises OverloadedError, wait for a place in the queue::
+
+            generation = await client.submit("Once upon a time", timeout=60)
+            async for token in generation: ...
+
+        Who waits goes in turn: better priorities first, then who came first; `generate` overtakes none of them.
+        timeout: counts from this call on. Raises what `generate` raises except OverloadedError, RequestTimeoutError,
+        and ClientClosedError when the client is closed meanwhile.
+        """
+        self._check_usable()
+        options = RequestOptions(request_id, priority, timeout, engine, session)
+        return await self._submission.submit_in_turn(lambda: prompt, SamplingParams.of(params, sampling), options)
 
     def chat(
         self,

@@ -6,7 +6,6 @@ One connection per engine, the router, and the requests that wait for a free slo
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,13 +14,16 @@ import msgspec
 import zmq
 
 from asyncscale import messages
+from asyncscale.client.admission import Admission
 from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.connection import EngineConnection
+from asyncscale.client.hold_queue import HoldQueue
+from asyncscale.client.options import Limits
 from asyncscale.client.outages import Outages
 from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest
 from asyncscale.client.router import Router
 from asyncscale.client.stream import RequestStream
-from asyncscale.errors import EngineDeadError, EngineError, RequestAbortedError
+from asyncscale.errors import EngineDeadError, EngineError, OverloadedError, RequestAbortedError
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,14 @@ class Dispatcher:
 
     While every engine is full, requests are held back here, best priority first, and go to the first engine with a
     free slot: so nothing waits at one engine while another has room.
-
-    restart_timeout: seconds for which requests wait for an engine that is started again when there is no other.
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], identity: bytes, policy: Policy, restart_timeout: float
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        identity: bytes,
+        policy: Policy,
+        limits: Limits,
     ) -> None:
         self._context = context
         self._identity = identity
@@ -55,13 +59,14 @@ class Dispatcher:
         self._connections: dict[int, EngineConnection] = {}
         self._choices: dict[int, ChoiceStream] = {}  # by wire id
         self._requests: dict[str, RequestStream] = {}  # live ones, by their caller's id
-        self._held: list[tuple[int, int, RequestStream]] = []  # heap of (priority, order, request)
+        self._held = HoldQueue()
+        self._admission = Admission(self._held, limits.max_queued_requests, limits.max_queued_tokens)
         self._dispatching: asyncio.Handle | None = None
         self._next_wire_id = 0
         self._mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._load_waiters: set[asyncio.Future[None]] = set()
         self._mode: str | None = None  # the newest of _MODES that the engines were called to
-        self._outages = Outages(restart_timeout, self._on_outage_over)
+        self._outages = Outages(limits.restart_timeout, self._on_outage_over)
         self._stranded: dict[int, list[RequestStream]] = {}  # pinned to an engine that will return
         self._deaths: dict[int, EngineDeadError] = {}  # of engines that are not back
         self.last_death: EngineDeadError | None = None
@@ -149,7 +154,7 @@ class Dispatcher:
             choice.wire_id = self.allocate_wire_ids(1)
             self._choices[choice.wire_id] = choice
         if request.pinned_engine is None:
-            self._hold(request)
+            self._held.push(request)
         else:
             self._send_pinned(request)
 
@@ -213,7 +218,7 @@ class Dispatcher:
         self._router.report(engine_id, load, time.monotonic())
         if self._load_waiters:
             self._notify_loads()
-        if self._held:
+        if self._held or self._admission:
             self._dispatch_held()
 
     def watch_loads(self, watcher: LoadWatcher | None) -> None:
@@ -244,6 +249,11 @@ class Dispatcher:
         """Requests that have not ended."""
         return len(self._requests)
 
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have not ended, of all clients as far as is known."""
+        return max(self.num_live, sum(load.in_flight for load in self.loads()))
+
     def is_live(self, request_id: str) -> bool:
         return request_id in self._requests
 
@@ -257,22 +267,65 @@ class Dispatcher:
         """How many tokens a request will make, as far as those before it tell: most end long before max_tokens."""
         return min(max_tokens, round(self._mean_output_tokens))
 
+    def check_room(self, pinned_engine: int | None, num_tokens: int = 1) -> None:
+        """Raises OverloadedError when a request with so many prompt tokens would exceed the limits of what may wait."""
+        admission = self._admission
+        if not admission.is_limited:
+            return
+        if pinned_engine is None:
+            if not self._has_room():
+                admission.check(num_tokens)
+        elif admission.max_requests is not None:
+            excess = self._router.excess(pinned_engine)
+            if excess >= admission.max_requests:
+                raise OverloadedError(
+                    f"{excess} requests of this client wait at engine {pinned_engine}: "
+                    f"max_queued_requests is {admission.max_requests}"
+                )
+
     def submit(self, request: RequestStream) -> None:
         """Send the request now, or hold it until an engine has a free slot.
 
         Raises EngineDeadError when no engine is left, and what a routing policy of the user's raises.
         """
         self._check_hope(request.pinned_engine)
-        if request.pinned_engine is not None:
-            self._register(request)
-            self._send_pinned(request)
-            return
-        if not self._held and self._dispatch(request):
-            self._register(request)
-            return
+        self._place(request)
         self._register(request)
-        self._hold(request)
-        self._dispatch_held()
+        if self._held:
+            self._dispatch_held()
+
+    def _place(self, request: RequestStream) -> None:
+        """To an engine, or among those that wait for one."""
+        if request.pinned_engine is not None:
+            self._send_pinned(request)
+        elif self._held or not self._dispatch(request):
+            self._held.push(request)
+
+    def submit_in_turn(self, request: RequestStream) -> asyncio.Future[None]:
+        """Submit it when there is a place for it. The future is done then, or when the request has ended before.
+
+        Raises EngineDeadError when no engine is left.
+        """
+        self._check_hope(request.pinned_engine)
+        self._register(request)
+        future = self._admission.wait(request)
+        self._admit()
+        return future
+
+    def _admit(self) -> None:
+        while (request := self._admission.next(self._has_room())) is not None:
+            try:
+                self._place(request)
+            except Exception as error:  # of the user's routing policy
+                request.fail(error)
+
+    def refuse_waiting(self, error: Exception) -> None:
+        """End those that wait for a place."""
+        for request in self._admission.line:
+            self.abort(request, error)
+
+    def _has_room(self) -> bool:
+        return not self._held and self._router.has_room(time.monotonic())
 
     def _register(self, request: RequestStream) -> None:
         self._requests[request.request_id] = request
@@ -290,6 +343,8 @@ class Dispatcher:
             num_tokens = request.num_tokens / len(request.choices)
             self._mean_output_tokens += _MEAN_OUTPUT_WEIGHT * (num_tokens - self._mean_output_tokens)
         self._requests.pop(request.request_id, None)
+        self._held.discard(request)
+        self._admission.leave(request)
         for choice in request.choices:
             self._choices.pop(choice.wire_id, None)
 
@@ -298,24 +353,23 @@ class Dispatcher:
         while self._requests:
             await next(iter(self._requests.values())).wait_end()
 
-    def _hold(self, request: RequestStream) -> None:
-        heapq.heappush(self._held, (request.priority, request.order, request))
-
     def _dispatch_held_soon(self) -> None:
         # Not at once: of many that are aborted together, those held back must not be sent only to be aborted, too.
-        if self._held and self._dispatching is None:
+        if (self._held or self._admission) and self._dispatching is None:
             self._dispatching = self._loop.call_soon(self._dispatch_held)
 
     def _dispatch_held(self) -> None:
         self._dispatching = None
         while self._held:
-            request = self._held[0][2]
+            request = self._held.first
             try:
-                if not request.done and not self._dispatch(request):
-                    return
+                if not self._dispatch(request):
+                    break
             except Exception as error:  # a policy of the user's failed: that is this request's end, not the others'
                 request.fail(error)
-            heapq.heappop(self._held)
+            self._held.discard(request)
+        if self._admission:
+            self._admit()
 
     def _dispatch(self, request: RequestStream) -> bool:
         """Send the request to the engine that the router picks. Whether it found one with a free slot."""
@@ -334,11 +388,11 @@ class Dispatcher:
         return True
 
     def _send(self, request: RequestStream, engine_id: int, scores: dict[int, float]) -> None:
+        request.sent_at = time.monotonic()  # before the engine can have it
         for message in request.messages():
             self._connections[engine_id].send(message)
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
-        request.sent_at = time.monotonic()
         request.scores = scores
 
     def _abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:

@@ -22,8 +22,8 @@ _STDERR_TAIL_BYTES = 8192
 
 @dataclass(eq=False)
 class EngineProcess:
-    """started_at, ready_at: of the event loop's clock. facts, address: once it is ready. failure: what it said of a
-    failure.
+    """started_at, ready_at: of the event loop's clock. facts, address: once it is ready. failure: why it did not start,
+    if it could say so.
 
     hang_detector: None when nobody minds. verdict: why its owner killed it, if it did.
     """

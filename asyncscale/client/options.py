@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -13,6 +14,23 @@ from asyncscale.checkpoint.progress import Progress
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.policies import POLICIES, Policy
 from asyncscale.config import CheckpointFiles, EngineConfig
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests of one client wait for, and how many: see AsyncScaleClient."""
+
+    restart_timeout: float = 60.0
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_queued_requests", "max_queued_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ValueError(f"{name} must be an integer of at least 0, or None, got {value!r}")
+        if not isinstance(self.restart_timeout, int | float) or not self.restart_timeout >= 0:
+            raise ValueError(f"restart_timeout must be a number of seconds of at least 0, got {self.restart_timeout!r}")
 
 
 def find_model(model: str | os.PathLike[str], progress: Progress) -> CheckpointFiles:

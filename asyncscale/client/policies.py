@@ -19,7 +19,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     mine, my_tokens: this client's requests aboard and their weight in tokens (prompt + expected output), exact.
     others, other_tokens: those of all other clients, from the engine's newest report, which is `age_s` seconds old
     (inf: none yet). running, waiting, kv_usage (0 to 1): from that report. capacity: most that run at once.
-    accepting: False while the engine is paused or draining.
+    accepting: False while the engine is paused or draining. share: this client's fair part of capacity, as the engine
+    said last: beside other clients it may have so many there, though the engine is full.
     """
 
     engine_id: int
@@ -32,6 +33,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     my_tokens: int = 0
     other_tokens: int = 0
     accepting: bool = True
+    share: int = 0
     age_s: float = float("inf")
 
     @property
@@ -81,7 +83,8 @@ class RoutingRequest(msgspec.Struct, frozen=True):
         return self.num_prompt_tokens + self.num_output_tokens
 
 
-# Called with the engines that accept requests and have a free slot, at least one. They begin with the one after the
+# Called with the engines that accept requests and have a free slot, or, when there is none, those where this client has
+# less than its share; at least one. They begin with the one after the
 # engine that was chosen last, so that taking the first of equals has no favourite.
 Policy = Callable[[Sequence[EngineLoad], RoutingRequest], EngineLoad]
 Measure = Callable[[EngineLoad], float]

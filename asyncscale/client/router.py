@@ -117,12 +117,13 @@ class Router:
         return self._prefixes.cached_tokens(hashes)
 
     def pick(self, request: RoutingRequest, now: float) -> Decision | None:
-        """Where to send the request; None while no engine that accepts requests has a free slot: then hold it back.
+        """Where to send the request; None when it should be held back: no engine that accepts requests has a free slot,
+        and this client has its fair share of every one.
 
         Raises TypeError when the policy returns something else than one of the loads that it was given.
         """
         loads = self.loads(now)
-        candidates = self._in_turn([load for load in loads if load.accepting and not load.full])
+        candidates = self._in_turn(_with_room(loads))
         if not candidates:
             return None
         chosen = self._policy(candidates, request)
@@ -133,6 +134,15 @@ class Router:
         if request.session is not None:
             self._sessions.settle(request.session, chosen.engine_id)
         return Decision(chosen.engine_id, {load.engine_id: self._measure(load) for load in loads})
+
+    def has_room(self, now: float) -> bool:
+        """Whether `pick` would find an engine."""
+        return bool(_with_room(self.loads(now)))
+
+    def excess(self, engine_id: int) -> int:
+        """How many requests this client has at the engine beyond those that run there at once."""
+        engine = self._engines.get(engine_id)
+        return 0 if engine is None else max(0, engine.mine - engine.capacity)
 
     def newest_load(self, engine_id: int) -> Load | None:
         """The engine's newest report as it came, if there was one."""
@@ -157,6 +167,11 @@ class Router:
         return loads[start:] + loads[:start]
 
 
+def _with_room(loads: list[EngineLoad]) -> list[EngineLoad]:
+    accepting = [load for load in loads if load.accepting]
+    return [load for load in accepting if not load.full] or [load for load in accepting if load.mine < load.share]
+
+
 def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
     load = engine.load
     if load is None:
@@ -178,5 +193,6 @@ def _engine_load(engine_id: int, engine: _Engine, now: float) -> EngineLoad:
         my_tokens=engine.my_tokens,
         other_tokens=max(0, load.tokens - load.my_tokens),
         accepting=load.accepting,
+        share=load.share,
         age_s=now - engine.reported_at,
     )

@@ -6,14 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.generation import Generation
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.stream import RequestStream
-from asyncscale.errors import InvalidRequestError, RequestTimeoutError
+from asyncscale.errors import InvalidRequestError, RequestAbortedError, RequestTimeoutError
 from asyncscale.messages import EngineFacts
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
@@ -40,24 +37,47 @@ class Submission:
     def submit(self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions) -> Generation:
         """Start a request. make_prompt: called when the options have proved right.
 
-        Raises InvalidRequestError, EngineDeadError, and what a routing policy of the user's raises.
+        Raises InvalidRequestError, OverloadedError, EngineDeadError, and what a routing policy of the user's raises.
         """
-        dispatcher = self._dispatcher
-        options.validate(dispatcher.engine_ids)
-        if options.request_id is not None and dispatcher.is_live(options.request_id):
-            raise InvalidRequestError(f"request_id {options.request_id!r} is in use by a request that has not ended")
-        stream = self._make_stream(self._preparation.encode_prompt(make_prompt()), params, options)
-        dispatcher.submit(stream)
-        if options.timeout is not None and options.timeout < _LONGEST_TIMEOUT_S:
-            error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {options.timeout:g} s")
-            loop = asyncio.get_running_loop()
-            stream.timer = loop.call_later(options.timeout, dispatcher.abort, stream, error)
-        return Generation(stream, dispatcher.abort)
+        self._validate(options)
+        self._dispatcher.check_room(options.engine)  # before any work
+        stream = self._make_stream(make_prompt(), params, options)
+        self._dispatcher.check_room(options.engine, len(stream.prompt_token_ids))
+        self._dispatcher.submit(stream)
+        self._start_timer(stream, options)
+        return Generation(stream, self._dispatcher.abort)
 
-    def _make_stream(
-        self, prompt_token_ids: npt.NDArray[np.int32], params: SamplingParams, options: RequestOptions
-    ) -> RequestStream:
+    async def submit_in_turn(
+        self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions
+    ) -> Generation:
+        """Start a request when there is a place for it. Raises what `submit` raises, and what ends it while it waits:
+        RequestTimeoutError, ClientClosedError, EngineDeadError."""
+        self._validate(options)
+        stream = self._make_stream(make_prompt(), params, options)
+        admitted = self._dispatcher.submit_in_turn(stream)
+        self._start_timer(stream, options)
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            self._dispatcher.abort(stream, RequestAbortedError(f"request {stream.request_id!r} was aborted"))
+            raise
+        if stream.error is not None:
+            raise stream.error
+        return Generation(stream, self._dispatcher.abort)
+
+    def _validate(self, options: RequestOptions) -> None:
+        options.validate(self._dispatcher.engine_ids)
+        if options.request_id is not None and self._dispatcher.is_live(options.request_id):
+            raise InvalidRequestError(f"request_id {options.request_id!r} is in use by a request that has not ended")
+
+    def _start_timer(self, stream: RequestStream, options: RequestOptions) -> None:
+        if options.timeout is not None and options.timeout < _LONGEST_TIMEOUT_S and not stream.done:
+            error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {options.timeout:g} s")
+            stream.timer = asyncio.get_running_loop().call_later(options.timeout, self._dispatcher.abort, stream, error)
+
+    def _make_stream(self, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> RequestStream:
         dispatcher = self._dispatcher
+        prompt_token_ids = self._preparation.encode_prompt(prompt)
         sampling = self._preparation.resolve(params, len(prompt_token_ids))
         wire_id = dispatcher.allocate_wire_ids(params.n)
         return RequestStream(

@@ -18,7 +18,7 @@ from asyncscale.engine.request import Request
 from asyncscale.engine.runner import Runner
 from asyncscale.engine.scheduler import Scheduler
 from asyncscale.engine.stop_conditions import StopConditions
-from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs
+from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, fair_share
 
 
 class EngineCore:
@@ -44,6 +44,7 @@ class EngineCore:
         self._clock = clock
         if not runner.supports_prefix_caching:
             config = msgspec.structs.replace(config, enable_prefix_caching=False)
+        self._max_num_seqs = config.max_num_seqs
         self._outbox = Outbox(config.max_num_seqs)
         self._scheduler = Scheduler(config, num_blocks=runner.num_blocks, max_model_len=runner.max_model_len)
         self._stops = StopConditions(self._scheduler.table, runner.vocab_size)
@@ -138,6 +139,7 @@ class EngineCore:
             used_blocks=pool.num_blocks - pool.num_free,
             num_blocks=pool.num_blocks,
             accepting=self._accepting,
+            share=fair_share(self._max_num_seqs, client, self._clients),
         )
 
     def by_client(self) -> dict[bytes, tuple[int, int]]:

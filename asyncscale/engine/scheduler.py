@@ -39,7 +39,8 @@ class Schedule:
 
 
 class Scheduler:
-    """Order of service: running requests first, then waiting ones by priority (lower first) and arrival.
+    """Order of service: running requests first, then waiting ones by priority (lower first), their client's share of
+    what runs, and arrival: see WaitingQueue.
 
     A request is admitted when there is a row for it, budget for its first token, and blocks for all its known tokens,
     which it takes at once: a prefill never runs out of blocks half-way. Decoding rows take a block as they need it.
@@ -291,6 +292,7 @@ class Scheduler:
             self._prefilling.remove(request)
         self._priority[row] = _NO_PRIORITY
         self._requests[row] = None
+        self._waiting.stopped(request)
         self._empty_rows.append(row)
         request.row = -1
 

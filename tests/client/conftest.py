@@ -16,6 +16,7 @@ from asyncscale import SimulatedModel, messages, transport
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
+from asyncscale.client.options import Limits
 from asyncscale.client.policies import least_loaded
 from asyncscale.client.roster import Roster
 
@@ -112,7 +113,7 @@ class Fleet:
         self._folder = folder
         self._peers: list[Peer] = []
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.dispatcher = Dispatcher(self.context, OWNER, least_loaded, restart_timeout=60.0)
+        self.dispatcher = Dispatcher(self.context, OWNER, least_loaded, Limits())
         self.coordinator = Coordinator(self.context, folder, MODEL, Roster(self.dispatcher), self.dispatcher)
         self.engines: list[FakeEngine] = []
         for _ in range(num_engines):

@@ -347,3 +347,35 @@ def test_a_policy_that_returns_something_else_is_named(answer) -> None:
 
 def vars_of(load: EngineLoad) -> dict[str, object]:
     return {name: getattr(load, name) for name in load.__struct_fields__}
+
+
+# --- fair shares
+
+
+def test_a_full_engine_still_takes_what_this_client_has_a_right_to() -> None:
+    router = make_router(1, capacity=8)
+    router.report(0, report(running=8, share=4), now=0.0)
+    for _ in range(4):
+        send(router)
+    assert picked(router) is None
+
+
+def test_a_free_slot_goes_before_a_right_to_wait() -> None:
+    router = make_router(3, capacity=8, policy=round_robin)
+    for engine_id, running in enumerate([8, 7, 8]):
+        router.report(engine_id, report(running=running, share=4), now=0.0)
+    assert send(router) == 1
+
+
+def test_one_that_is_paused_takes_nothing_by_right() -> None:
+    router = make_router(1, capacity=8)
+    router.report(0, report(running=8, share=4, accepting=False), now=0.0)
+    assert picked(router) is None
+
+
+def test_who_is_alone_has_no_more_than_the_slots() -> None:
+    router = make_router(1, capacity=8)
+    router.report(0, report(share=8), now=0.0)
+    for _ in range(8):
+        send(router)
+    assert picked(router) is None

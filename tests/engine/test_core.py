@@ -324,7 +324,7 @@ def test_an_abort_says_nothing_and_frees_everything(make_engine, endless):
     engine.core.abort(A, [1, 2])
     assert not engine.core.has_work
     assert engine.core.step() == {}
-    assert engine.core.load(A) == messages.Load(engine.core.load_version, 0, 0, 0, 0, 0, 0, 200)
+    assert engine.core.load(A) == messages.Load(engine.core.load_version, 0, 0, 0, 0, 0, 0, 200, share=2)
 
 
 def test_a_late_abort_and_one_by_another_client_change_nothing(make_engine, endless):
@@ -380,8 +380,8 @@ def test_each_client_is_told_the_totals_and_its_own_share(make_engine, endless):
     for request_id in range(3):
         engine.add(request_id, PROMPT, client=B, max_tokens=9, weight=7, **endless)
     engine.step()
-    assert engine.loads[A] == messages.Load(engine.core.load_version, 3, 2, 2, 221, 200, 9, 200)
-    assert engine.loads[B] == messages.Load(engine.core.load_version, 3, 2, 3, 221, 21, 9, 200)
+    assert engine.loads[A] == messages.Load(engine.core.load_version, 3, 2, 2, 221, 200, 9, 200, share=1)
+    assert engine.loads[B] == messages.Load(engine.core.load_version, 3, 2, 3, 221, 21, 9, 200, share=1)
     assert engine.core.by_client() == {A: (2, 200), B: (3, 21)}
     engine.run()
     assert engine.core.load(A).tokens == 0
