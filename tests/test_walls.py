@@ -102,6 +102,25 @@ def test_nothing_is_unpickled_but_what_a_caller_and_its_own_front_ends_tell_each
     ]
 
 
+EVALUATING = {
+    "eval", "exec", "compile", "__import__", "execfile", "load_module", "torch.load", "torch.hub", "np.load",
+    "numpy.load", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pydoc.locate", "jinja2.Template",
+    "jinja2.Environment",
+}  # fmt: skip
+
+
+def test_nothing_is_evaluated_and_no_shell_is_asked() -> None:
+    assert violations(files("."), "yaml", "code", "codeop", "runpy", "imp", "commands", "joblib", "jsonpickle") == []
+    found = []
+    for path in files("."):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node) in EVALUATING:
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {ast.unparse(node)}")
+            if isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle", "trust_remote_code"):
+                found.append(f"{path.relative_to(PACKAGE)}:{node.value.lineno} {node.arg}=")
+    assert found == []
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

@@ -41,7 +41,15 @@ class HubModel(msgspec.Struct, frozen=True):
         match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([^:\s]+))?(?::([^:\s]+\.gguf))?", name, re.ASCII)
         if match is None or match[1].endswith((".gguf", ".safetensors")):
             return None
+        if not all(_stays_inside(part) for part in match.groups() if part is not None):
+            return None  # huggingface_hub makes file names of them
         return cls(match[1], match[2], match[3])
+
+
+def _stays_inside(path: str) -> bool:
+    """Whether a relative path leads nowhere but down, and holds only what names hold."""
+    plain = re.fullmatch(r"[\w.+ =~-]+(/[\w.+ =~-]+)*", path)
+    return plain is not None and not {".", ".."} & set(path.split("/"))
 
 
 def fetch_from_hub(model: HubModel, progress: Progress) -> Path:

@@ -30,7 +30,7 @@ def resolve_model(model: str | os.PathLike[str], progress: Progress | None = Non
     A path that exists goes before a name. Raises ModelLoadError, which says what was tried or what is wrong.
     """
     report = progress or no_progress
-    path = Path(model).expanduser()
+    path = _as_path(model)
     if isinstance(model, os.PathLike) or model.startswith(("/", "./", "../", "~")) or (model and path.exists()):
         return _local(path, path.name)
     name = model.strip()
@@ -39,6 +39,15 @@ def resolve_model(model: str | os.PathLike[str], progress: Progress | None = Non
     if hub_model := HubModel.parse(name):
         return _local(fetch_from_hub(hub_model, report), name)
     raise ModelLoadError(_not_found(name))
+
+
+def _as_path(model: str | os.PathLike[str]) -> Path:
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or of a user that there is not
+        raise ModelLoadError(f"{os.fspath(model)[:100]!r} cannot be a model's path or name: {error}") from None
+    return path
 
 
 def _local(path: Path, name: str) -> CheckpointFiles:

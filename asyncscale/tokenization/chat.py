@@ -1,13 +1,14 @@
 """Chat templates: from a conversation to one text, exactly as transformers' apply_chat_template renders it.
 
-Templates come with checkpoints and are untrusted, so they run in jinja2's sandbox and see nothing but plain data.
+Templates come with checkpoints and are untrusted, so they run in jinja2's sandbox, see nothing but plain data, and make
+neither endless texts nor huge numbers by repeating. (One that computes for long is not stopped.)
 Reference: https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +18,11 @@ from asyncscale.tokenization.codec import Message
 if TYPE_CHECKING:
     from jinja2 import Template, nodes
     from jinja2.parser import Parser
+    from jinja2.runtime import Context
     from jinja2.sandbox import SandboxedEnvironment
+
+# No conversation that fits a model's context is longer, in characters.
+_MAX_CHARS = 2**26
 
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
@@ -50,7 +55,7 @@ class ChatTemplate:
         variables = {"tools": None, "documents": None, **self._special_tokens, **_plain(dict(template_kwargs))}
         variables |= {"messages": plain, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(variables)
+            return _bounded(self._template.generate(variables))
         except Exception as error:  # a template can fail in any way that a program can
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}") from error
 
@@ -111,12 +116,38 @@ def _environment() -> SandboxedEnvironment:
             line = next(parser.stream).lineno
             return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+            _check_operands(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
+
+
+def _bounded(pieces: Iterable[str]) -> str:
+    """All of them together."""
+    kept, num_chars = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        num_chars += len(piece)
+        if num_chars > _MAX_CHARS:
+            raise OverflowError(f"the text would have more than {_MAX_CHARS} characters")
+    return "".join(kept)
+
+
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    """Raises OverflowError for powers that no template needs, and for what is repeated too often."""
+    if operator == "**" and (abs(left) > 2**32 or abs(right) > 64):
+        raise OverflowError("the power is too large")
+    for repeated, count in ((left, right), (right, left)):
+        is_repetition = operator == "*" and isinstance(repeated, str | list | tuple) and isinstance(count, int)
+        if is_repetition and len(repeated) * count > _MAX_CHARS:
+            raise OverflowError(f"the text would have more than {_MAX_CHARS} characters")
 
 
 def _to_json(

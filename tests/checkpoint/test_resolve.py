@@ -7,7 +7,11 @@ from pathlib import Path
 
 import gguf
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from asyncscale.checkpoint import resolve
+from asyncscale.checkpoint.hub import HubModel
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
@@ -137,3 +141,31 @@ def test_a_gguf_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_what_can_only_be_a_path_is_not_looked_for_elsewhere(path: str) -> None:
     with pytest.raises(ModelLoadError, match=r"the model path .* does not exist"):
         resolve_model(path)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "~nobody-of-this-name", "x" * 5000, "a/" + "b" * 5000, "/x" * 3000, "\0", "a/b\0c", "\ud800", "a/\ud800",
+        "../\0", "a/..", "a/b@../../x", "a/b@/etc/passwd", "a/b@x/../y", "a/b:../../x.gguf", "a/b:/etc/x.gguf",
+        "a/b@-;id", "a/b@x\ny",
+    ],
+)  # fmt: skip
+def test_what_can_be_no_name_is_refused_before_anybody_is_asked(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[HubModel] = []
+    monkeypatch.setattr(resolve, "fetch_from_hub", lambda model, progress: asked.append(model))
+    with pytest.raises(ModelLoadError):
+        resolve_model(model)
+    assert asked == []
+
+
+NAMES = st.text(st.sampled_from("ab./\\:@~-; $`'\"\n\0\ud800é*"), max_size=30) | st.text(max_size=300)
+
+
+@given(NAMES | st.builds("{}/{}".format, NAMES, NAMES) | st.builds("a/b{}{}".format, st.sampled_from("@:"), NAMES))
+def test_whatever_the_name_nothing_leads_outside_the_hubs_cache(model: str) -> None:
+    found = HubModel.parse(model)
+    for part in (found.repo_id, found.revision, found.file) if found else ():
+        if part is not None:
+            assert Path("/cache", part).resolve().is_relative_to("/cache")
+            assert not set(part) & set("\0\n\\;$`'\"*")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -163,3 +164,34 @@ def test_messages_are_not_changed() -> None:
     checked = check_messages([message])
     assert checked == [{"role": "assistant", "tool_calls": [{"a": [1, 2]}]}]
     assert message["content"] is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**9 }}",
+        "{{ 10**9 * 'x' }}",
+        "{% set big = [0] * 10**9 %}",
+        "{{ 2 ** (10**9) }}",
+        "{{ 10 ** 60 ** 60 }}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_hostile_template_is_refused_and_takes_no_memory(template: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequestError, match="chat template"):
+            ChatTemplate(template, {}).render([{"role": "user", "content": "hi"}], True, {})
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()
+
+
+def test_small_products_and_powers_are_computed() -> None:
+    template = ChatTemplate("{{ '-' * 3 }}{{ 2 ** 10 }}{{ 6 * 7 }}", {})
+    assert template.render([{"role": "user", "content": "hi"}], True, {}) == "---102442"
