@@ -6,6 +6,7 @@ The key is the CURVE public key of an owner and its engines, 32 bytes in hex. It
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ import msgspec
 
 KEY_BYTES = 32
 _MAX_IPC_PATH = 107  # sockaddr_un's
-_TCP = re.compile(r"(tcp://(\[[0-9a-fA-F:.]{2,45}\]|[0-9a-zA-Z.-]{1,253}):([0-9]{1,5}))/\?key=([0-9a-fA-F]{64})")
+# Hosts are numbers: to look a name up, libzmq would hold up all the process's sockets.
+_TCP = re.compile(r"(tcp://(\[[0-9a-fA-F:.]{2,45}\]|[0-9.]{7,15}):([0-9]{1,5}))/\?key=([0-9a-fA-F]{64})")
 _KEY_LIKE = re.compile(r"[0-9a-zA-Z_+/=-]{20,}")
-_EXPECTED = "ipc:///path/of/socket, or tcp://host:port/?key= and 64 hex digits"
+_EXPECTED = "ipc:///path/of/socket, or tcp://10.0.0.1:port/?key= and 64 hex digits"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def parse(address: object) -> Address:
         if path != address and path.isprintable() and 0 < len(path.encode()) <= _MAX_IPC_PATH:
             return Address(address)
         match = _TCP.fullmatch(address)
-        if match is not None and 0 < int(match[3]) < 2**16:
+        if match is not None and _is_number(match[2].strip("[]")) and 0 < int(match[3]) < 2**16:
             return Address(match[1], bytes.fromhex(match[4]))
     raise ValueError(f"address must be what another client's .address gave ({_EXPECTED}), got {_describe(address)}")
 
@@ -81,6 +83,14 @@ def _describe(address: object) -> str:
     if address.startswith("ipc://"):
         return repr(address if len(address) <= 200 else address[:200] + "...")
     return repr(_KEY_LIKE.sub("...", shown(address)))  # it may be a key alone, or what is left of an address
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _bracketed(host: str) -> str:

@@ -284,7 +284,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     """An engine that takes requests. `load.mine` is the receiving client's.
 
     address: over tcp with the key, so this is told only to who is let in himself. incarnation: how often it was started
-    again. last_error: how the incarnation before this one ended.
+    again. last_error: how the incarnation before this one ended. progress_path: of a file on its host, see
+    `asyncscale.progress`.
     """
 
     engine_id: EngineId
@@ -293,6 +294,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     facts: EngineFacts
     load: Load
     last_error: str | None = None
+    progress_path: str | None = None
 
     def __post_init__(self) -> None:
         parse(self.address)

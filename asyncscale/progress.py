@@ -82,7 +82,7 @@ def look(path: str) -> Sight | None:
     """What the engine shows now; None when there is no such file."""
     try:
         ticks, resting, step_began, step_ended = _FORMAT.unpack(read_small_file(path))
-    except (OSError, struct.error):
+    except (OSError, ValueError, struct.error):  # ValueError: no path at all
         return None
     return Sight(ticks, bool(resting), _seconds(step_began), _seconds(step_ended))
 

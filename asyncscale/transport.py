@@ -15,6 +15,7 @@ was sent in the past not even that is enough.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket as socket_module
@@ -33,6 +34,7 @@ from asyncscale.errors import AsyncScaleError
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
+_monitor_numbers = itertools.count()
 _EVENT = struct.Struct("=H")
 
 # One more than any message has.
@@ -78,10 +80,12 @@ def tcp_binding(host: str) -> TcpBinding:
     if not zmq.has("curve"):
         raise AsyncScaleError("host= needs CURVE, and this pyzmq's libzmq was built without it; pyzmq's wheels have it")
     try:
+        if not host:
+            raise ValueError("it is empty")
         family, _, _, _, where = socket_module.getaddrinfo(host, 0, type=socket_module.SOCK_STREAM)[0]
         with socket_module.socket(family, socket_module.SOCK_STREAM) as probe:
             probe.bind(where)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no name at all
         raise ValueError(f"host must be an address or a name of this machine, got {host!r}: {error}") from None
     number = str(where[0])
     public, secret = map(z85.decode, zmq.curve_keypair())
@@ -100,18 +104,16 @@ def _outward_address(family: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def progress_path(address: str) -> str | None:
-    """Where the engine with this address shows its progress (see `asyncscale.progress`); None on another host."""
-    return f"{address.removeprefix('ipc://')}.progress" if address.startswith("ipc://") else None
-
-
 def is_listening(address: str) -> bool:
     """Whether a process has bound this ipc address. Over tcp, only connecting tells: True."""
     if not address.startswith("ipc://"):
         return True
     with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(address.removeprefix("ipc://"))
+        except BlockingIOError:  # more want to connect than it has let in yet
+            return True
         except (OSError, ValueError):
             return False
         return True
@@ -172,9 +174,14 @@ def connect_dealer(
     return socket
 
 
-# What `connection_event` tells apart.
-CONNECTION_EVENTS = int(
-    zmq.EVENT_DISCONNECTED
+_EVENT_NAMES: dict[int, Literal["connected", "disconnected", "unreachable"]] = {
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: "connected",
+    zmq.EVENT_DISCONNECTED: "disconnected",
+    zmq.EVENT_CONNECT_RETRIED: "unreachable",
+}
+_CONNECTION_EVENTS = int(
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -182,13 +189,21 @@ CONNECTION_EVENTS = int(
 )
 
 
-def connection_event(frames: list[bytes]) -> Literal["disconnected", "unreachable", "refused"]:
-    """What a monitor socket for CONNECTION_EVENTS tells: the connection ended; nobody listens; or somebody does, who
-    ends the handshake, as for a wrong key. Format: zmq_socket_monitor(3)."""
+def monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket that receives what happens to the connections of another: see `connection_event`.
+
+    Before either is closed, `socket.disable_monitor()`: else libzmq's thread may wait for ever until somebody reads,
+    and every other socket with it.
+    """
+    # A name of our own: pyzmq names it after a descriptor, which may be that of a socket whose monitor is not gone yet.
+    return socket.get_monitor_socket(_CONNECTION_EVENTS, f"inproc://monitor-{next(_monitor_numbers)}")
+
+
+def connection_event(frames: list[bytes]) -> Literal["connected", "disconnected", "unreachable", "refused"]:
+    """What a monitor socket tells: the handshake is done; the connection ended, perhaps before that; nobody listens; or
+    somebody does, who ended the handshake, as for a wrong key. Format: zmq_socket_monitor(3)."""
     (event,) = _EVENT.unpack_from(frames[0])
-    if event == zmq.EVENT_DISCONNECTED:
-        return "disconnected"
-    return "unreachable" if event == zmq.EVENT_CONNECT_RETRIED else "refused"
+    return _EVENT_NAMES.get(event, "refused")
 
 
 def send(socket: zmq.Socket[bytes], *frames: bytes) -> None:

@@ -409,6 +409,14 @@ class AsyncScaleClient:
         self._check_usable()
         return self._engines.roster.health()
 
+    @property
+    def num_malformed(self) -> int:
+        """How many messages were dropped because they made no sense: of engines or owner, or, in an owner, of attached
+        clients. Engines count what they drop themselves: see ``collective_rpc("process_info")``.
+        """
+        self._check_usable()
+        return self._engines.num_malformed + self._dispatcher.num_malformed
+
     async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 

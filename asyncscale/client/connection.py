@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class EngineConnection:
         on_message: Callable[[EngineConnection, messages.FromEngine | None], None],
     ) -> None:
         self.engine_id = member.engine_id
-        self._address = member.address
+        self._progress_path = member.progress_path
         self.vocab_size = member.facts.vocab_size
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
@@ -41,7 +42,8 @@ class EngineConnection:
 
     def send(self, message: messages.ToEngine) -> None:
         """Queue a message; it goes out as soon as the engine is there."""
-        self._socket.send(messages.encoder.encode(message))
+        with contextlib.suppress(zmq.Again):  # what is at its address is no engine, and libzmq gave up on it
+            self._socket.send(messages.encoder.encode(message))
 
     def connect(self, watch_loads: bool) -> None:
         """Introduce this client, or change what it wants to know."""
@@ -59,8 +61,7 @@ class EngineConnection:
     @property
     def last_step_began(self) -> float:
         """When the engine began its last step, also after its death, by the monotonic clock; infinity if unknown."""
-        path = transport.progress_path(self._address)
-        seen = None if path is None else progress.look(path)
+        seen = None if self._progress_path is None else progress.look(self._progress_path)
         if seen is None:
             return math.inf
         return 0.0 if seen.step_began is None else seen.step_began

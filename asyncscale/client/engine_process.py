@@ -34,8 +34,8 @@ class EngineProcess:
     started_at: float
     hang_detector: HangDetector | None = None
     facts: messages.EngineFacts | None = None
-    ready_at: float | None = None
     address: str = field(default="", repr=False)
+    ready_at: float | None = None
     failure: messages.Failed | None = None
     verdict: str | None = field(default=None, init=False)
 

@@ -6,6 +6,7 @@ It owns them, or it is attached to those of another process. Same face, no subcl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Protocol
@@ -61,7 +62,7 @@ class OwnedEngines:
         dispatcher: Dispatcher,
     ) -> None:
         self.model = launch.model
-        self.roster = Roster(dispatcher, self._progress_path)
+        self.roster = Roster(dispatcher)
         self._dispatcher = dispatcher
         self.supervisor = Supervisor(launch, self._on_ready, self._on_death)
         try:
@@ -90,12 +91,10 @@ class OwnedEngines:
         load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
         spec = engine.spec
         self._coordinator.join(
-            messages.Member(spec.engine_id, spec.incarnation, engine.address, facts, load, last_error)
+            messages.Member(
+                spec.engine_id, spec.incarnation, engine.address, facts, load, last_error, spec.progress_path
+            )
         )
-
-    def _progress_path(self, member: messages.Member) -> str | None:
-        engine = self.supervisor.engines.get(member.engine_id)
-        return None if engine is None else engine.spec.progress_path
 
     @property
     def num_malformed(self) -> int:
@@ -133,9 +132,9 @@ class AttachedEngines:
         if not transport.is_listening(address):
             raise self._nobody()
         socket = transport.connect_dealer(context, address, identity, max_unread=_MAX_UNREAD)
-        self._monitor = LoopSocket(
-            self._loop, socket.get_monitor_socket(transport.CONNECTION_EVENTS), self._on_connection_event
-        )
+        self._let_in = False
+        self._stop_monitor = socket.disable_monitor
+        self._monitor = LoopSocket(self._loop, transport.monitor(socket), self._on_connection_event)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self._num_malformed = 0
 
@@ -174,11 +173,13 @@ class AttachedEngines:
         """Leave."""
         self._end(ClientClosedError("the client was closed"))
         self._send(messages.Detach())
+        self._stop_monitor()
         self._socket.close()
         self._monitor.close()
 
     def _send(self, message: messages.ToCoordinator) -> None:
-        self._socket.send(messages.encoder.encode(message))
+        with contextlib.suppress(zmq.Again):  # what is at the address is no owner, and libzmq gave up on it
+            self._socket.send(messages.encoder.encode(message))
 
     def _on_frames(self, frames: list[bytes]) -> None:
         match messages.decode(messages.from_coordinator_decoder, frames[0]) if len(frames) == 1 else None:
@@ -216,15 +217,17 @@ class AttachedEngines:
 
     def _on_connection_event(self, frames: list[bytes]) -> None:
         match transport.connection_event(frames):
-            case "refused":
+            case "connected":
+                self._let_in = True
+            case "disconnected" if self._let_in:  # an owner that is killed says no farewell
+                self._owner_left("its owner died")
+            case "refused" | "disconnected":
                 self._end(
                     AsyncScaleError(
                         f"what listens at {shown(self.address)!r} does not let this client in: "
                         "is the address whole, with its key, and that of an owner that still runs?"
                     )
                 )
-            case "disconnected":  # an owner that is killed says no farewell
-                self._owner_left("its owner died")
             case "unreachable" if not self._welcome.done():
                 self._end(self._nobody())
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Literal
 
 import msgspec
 
-from asyncscale import messages, progress, transport
+from asyncscale import messages, progress
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.errors import EngineDeadError
 
@@ -18,8 +17,8 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
 
     state: "ready" takes requests; "restarting" died and is being started again; "dead" died too often, and stays so.
     restarts: how often it was started again. last_error: how it died last, in a sentence, None while it has not.
-    last_step_age: seconds since it last completed a step; None when it has not yet, is not ready, or belongs to another
-    process and is reached over tcp.
+    last_step_age: seconds since it last completed a step; None when it has not yet, is not ready, or is on another
+    host.
     """
 
     engine_id: int
@@ -29,23 +28,14 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     last_step_age: float | None
 
 
-ProgressPath = Callable[[messages.Member], str | None]
-
-
-def _beside_socket(member: messages.Member) -> str | None:
-    return transport.progress_path(member.address)
-
-
 class Roster:
     """Keeps who is there and who is not, and tells the dispatcher. Both happen in one go, for each change.
 
-    progress_path: where an engine shows its progress, as far as that can be known here.
     News may come late or twice: each incarnation joins once and leaves once, and then only its end may change.
     """
 
-    def __init__(self, dispatcher: Dispatcher, progress_path: ProgressPath = _beside_socket) -> None:
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._progress_path = progress_path
         self._members: dict[int, messages.Member] = {}
         self._left: dict[int, messages.Left] = {}
 
@@ -117,7 +107,7 @@ class Roster:
                 state="ready",
                 restarts=member.incarnation,
                 last_error=member.last_error,
-                last_step_age=_last_step_age(self._progress_path(member)),
+                last_step_age=_last_step_age(member.progress_path),
             )
         left = self._left[engine_id]
         return EngineHealth(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import random
 import signal
@@ -102,7 +103,7 @@ MALFORMED = {
     "deep nesting": b"\x94\xa4call\x00\xa1x\x91" + nested(100_000),
     "deep nesting in a surplus field": b"\x92\xaadisconnect" + nested(100_000),
     "deep nesting in the coordinator's surplus field": b"\x92\xa6detach" + nested(100_000),
-    "10 MB": b"\xc6" + (10_000_000).to_bytes(4, "big") + bytes(10_000_000),
+    "8 MB": b"\xc6" + (8_000_000).to_bytes(4, "big") + bytes(8_000_000),
 }
 
 
@@ -124,32 +125,90 @@ async def test_malformed_messages_are_dropped(
     await assert_serving(client)
 
 
-async def test_random_and_mutilated_frames_do_no_harm(
-    client: AsyncScaleClient, connect: Callable[..., zmq.Socket[bytes]]
-) -> None:
-    rng = random.Random(7)
+def hostile_frames(rng: random.Random) -> Iterator[bytes]:
+    """Without end: what clients send and what they do not, whole, mutilated, cut short, grown, of noise, and again."""
     good = [
         messages.encoder.encode(message)
         for message in (
             messages.Connect(VERSION, watch_loads=True),
             messages.Add(1, PROMPT, 4, Sampling(5, logit_bias=((3, 1.0),), stop_token_ids=(7,)), n=3),
+            messages.Add(9, PROMPT, 4, Sampling(5, logprobs=3, prompt_logprobs=2, bad_words_token_ids=((1, 2),))),
             messages.Abort([1, 2, 3]),
             messages.Call(1, "kv_cache_stats", []),
             messages.Disconnect(),
             messages.Attach(VERSION),
+            messages.CollectiveCall(1, "kv_cache_stats", []),
             messages.Detach(),
         )
     ]
-    peers = [connect("engine-0.0"), connect("coordinator")]
-    for _ in range(5000):
-        frame = bytearray(rng.choice(good))
-        for _ in range(rng.randrange(1, 4)):
+    sent = good.copy()
+    while True:
+        frame = bytearray(rng.choice(sent if rng.random() < 0.2 else good))
+        for _ in range(rng.randrange(4)):
             frame[rng.randrange(len(frame))] = rng.randrange(256)
-        rng.choice(peers).send(bytes(frame[: rng.randrange(1, len(frame) + 1)] if rng.random() < 0.3 else frame))
+        match rng.randrange(20):
+            case 0 | 1 | 2:
+                frame = frame[: rng.randrange(1, len(frame) + 1)]
+            case 3:
+                frame += rng.randbytes(rng.randrange(100))
+            case 4:
+                frame = bytearray(rng.randbytes(rng.randrange(1, 100)))
+            case 5:
+                frame[rng.randrange(len(frame)) :] = rng.choice(good)
+        if rng.random() < 0.01:
+            sent[rng.randrange(len(sent))] = bytes(frame)
+        yield bytes(frame)
+
+
+def engine_stderr(runtime_folders: Path) -> str:
+    (path,) = runtime_folders.glob("asyncscale-*/engine-0.0.stderr")
+    return path.read_text()
+
+
+async def test_a_hundred_thousand_hostile_frames_do_no_harm(
+    client: AsyncScaleClient,
+    connect: Callable[..., zmq.Socket[bytes]],
+    runtime_folders: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rng = random.Random(7)
+    live = client.generate("goes on all the while", max_tokens=8000, ignore_eos=True)
+    peers = [connect("engine-0.0"), connect("coordinator"), connect("engine-0.0"), connect("coordinator")]
+    for number, frame in zip(range(100_000), hostile_frames(rng), strict=False):
+        peer = rng.choice(peers)
+        if number % 100:
+            peer.send(frame)
+        else:
+            peer.send_multipart([frame] * rng.randrange(2, 2000))
+        if number % 1000 == 0:
+            await asyncio.sleep(0)
+        if number % 5000 == 0:  # some leave, with what they were sent unread
+            index = peers.index(peer)
+            peers[index] = connect("coordinator" if index % 2 else "engine-0.0")
+            peer.close(linger=-1)
+    for peer in peers:
+        peer.close(linger=-1)
+    assert len((await live).token_ids) == 8000
     await assert_serving(client)
-    hostile = connect("engine-0.0")
-    hostile.send(messages.encoder.encode(messages.Connect(VERSION)))
-    assert isinstance(await engine_message(hostile), messages.LoadReport)
+    (info,) = await client.collective_rpc("process_info")
+    assert info["num_malformed"] > 1000
+    await until(lambda: client.num_malformed > 1000)
+    assert engine_stderr(runtime_folders) == ""
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("peer", ["engine-0.0", "coordinator"])
+async def test_who_sends_more_than_any_message_holds_is_disconnected(
+    client: AsyncScaleClient, connect: Callable[..., zmq.Socket[bytes]], peer: str
+) -> None:
+    hostile = connect(peer)
+    monitor = hostile.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    hostile.send(bytes(messages.MAX_REQUEST_BYTES - 1000))
+    hostile.send(bytes(messages.MAX_REQUEST_BYTES + 100_000))
+    assert await asyncio.to_thread(monitor.poll, 10_000)
+    hostile.disable_monitor()
+    monitor.close()
+    await assert_serving(client)
 
 
 SAMPLING = Sampling(5)
