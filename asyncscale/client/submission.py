@@ -37,8 +37,10 @@ class Submission:
     def facts(self) -> EngineFacts:
         return self._preparation.facts
 
-    def submit(self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions) -> Generation:
-        """Start a request. make_prompt: called when the options have proved right.
+    def submit(
+        self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions, client: object
+    ) -> Generation:
+        """Start a request. make_prompt: called when the options have proved right. client: lives while it is read.
 
         Raises InvalidRequestError, EngineDeadError, and what a routing policy of the user's raises.
         """
@@ -52,7 +54,7 @@ class Submission:
             error = RequestTimeoutError(f"request {stream.request_id!r} did not finish within {options.timeout:g} s")
             loop = asyncio.get_running_loop()
             stream.timer = loop.call_later(options.timeout, dispatcher.abort, stream, error)
-        return Generation(stream, dispatcher.abort)
+        return Generation(stream, dispatcher.abort, client)
 
     def _make_stream(
         self, prompt_token_ids: npt.NDArray[np.int32], params: SamplingParams, options: RequestOptions
