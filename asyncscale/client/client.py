@@ -123,6 +123,7 @@ class AsyncScaleClient:
         self._starter: asyncio.Task[Any] | None = None  # who awaits `start`, until it is over
         self._closed_while_starting = False
         self._closing: asyncio.Task[None] | None = None
+        self._drain_limit: asyncio.Timeout | None = None  # while it drains
         self._cleanup = AsyncExitStack()  # in reverse: requests and connections, engines, sockets' context
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
@@ -218,8 +219,9 @@ class AsyncScaleClient:
 
         drain: let requests finish first (at most `timeout` seconds), while new ones are refused; those of attached
         clients, too, if it owns the engines. Otherwise, and after the timeout, they end with ClientClosedError.
-        Idempotent, and safe to call several times at once. Does nothing in a fork of the process that it belongs to.
-        Once its event loop is closed, it can be closed from any other: without drain.
+        Idempotent, and safe to call several times at once. Cancelling the call ends the draining, and the closing goes
+        on. It does nothing in a fork of the process that the client belongs to. When the client's event loop is
+        closed, it can be closed from any other, without drain.
         """
         if self._state is State.NEW:
             self._state = State.CLOSED
@@ -236,7 +238,14 @@ class AsyncScaleClient:
                 self._closed_while_starting = True
                 self._starter.cancel()
             self._begin_closing(self._close(drain, timeout))
-        await self._wait_closed()
+            try:
+                await self._wait_closed()
+            except asyncio.CancelledError:
+                if self._drain_limit is not None and not self._drain_limit.expired():
+                    self._drain_limit.reschedule(0.0)
+                raise
+        else:
+            await self._wait_closed()
 
     def _begin_closing(self, closing: Coroutine[Any, Any, None]) -> None:
         self._state = State.CLOSING
@@ -255,12 +264,15 @@ class AsyncScaleClient:
     async def _close(self, drain: bool, timeout: float | None) -> None:
         try:
             if drain:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(timeout) as self._drain_limit:
                     await self._drain()
         except TimeoutError:
+            if self._drain_limit is None or self._drain_limit.when() == 0.0:
+                return  # who asked for it was cancelled
             num_live = max(self._dispatcher.num_live, sum(load.in_flight for load in self._dispatcher.loads()))
             logger.warning("closing: %d requests did not finish within %g s", num_live, timeout)
         finally:
+            self._drain_limit = None
             await self._shut_down()
 
     async def _drain(self) -> None:
