@@ -18,6 +18,7 @@ import zmq
 from asyncscale import messages
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
+from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.options import engine_config, find_model, routing_policy
@@ -427,7 +428,7 @@ class AsyncScaleClient:
         async with asyncio.timeout(timeout):
             results = await self._engines.call(method, raw)
         if not results and self._dispatcher.last_death is not None:
-            raise self._dispatcher.last_death.with_traceback(None)
+            raise fresh(self._dispatcher.last_death)
         return [_value(result) for result in results]
 
     # --- use
