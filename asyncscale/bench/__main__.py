@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from asyncscale import AsyncScaleError
-from asyncscale.bench import chaos, routing, scale, serve
+from asyncscale.bench import chaos, overload, routing, scale, serve
 
-_COMMANDS = {"serve": serve, "scale": scale, "routing": routing, "chaos": chaos}
+_COMMANDS = {"serve": serve, "scale": scale, "routing": routing, "overload": overload, "chaos": chaos}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
