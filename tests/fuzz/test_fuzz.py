@@ -34,6 +34,7 @@ from asyncscale import SamplingParams, SimulatedModel, messages, transport
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines
+from asyncscale.client.options import Limits
 from asyncscale.client.policies import least_loaded
 from asyncscale.client.preparation import Preparation
 from asyncscale.client.roster import Roster
@@ -145,7 +146,7 @@ class ClientTarget:
         asyncio.run(_quietly(self._run(case)))
 
     async def _run(self, case: Case) -> None:
-        dispatcher = Dispatcher(self._context, b"c", least_loaded, 60.0)
+        dispatcher = Dispatcher(self._context, b"c", least_loaded, Limits())
         engines = AttachedEngines(self._context, b"c", self._address, dispatcher)
         engines._on_frames([messages.encoder.encode(self.seeds[-3])])
         streams = [self._stream(dispatcher, **params) for params in ({"n": 2, "logprobs": 1}, {"stop": "h"}, {})]
@@ -219,7 +220,7 @@ class CoordinatorTarget:
         asyncio.run(_quietly(self._run(case)))
 
     async def _run(self, case: Case) -> None:
-        dispatcher = Dispatcher(self._context, b"c", least_loaded, 60.0)
+        dispatcher = Dispatcher(self._context, b"c", least_loaded, Limits())
         coordinator = Coordinator(self._context, self._folder.name, MODEL, Roster(dispatcher), dispatcher)
         try:
             coordinator.join(messages.Member(0, 0, "ipc:///tmp/nobody-0", FACTS, LOAD))
