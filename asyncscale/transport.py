@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import secrets
 import shutil
 import socket as socket_module
 import struct
@@ -52,18 +53,24 @@ _UNACKNOWLEDGED_MS = 5000
 _MAX_FOLDER = 80
 
 
-def make_runtime_folder() -> str:
-    """A new private folder (0700) for sockets and engine logs, with a path short enough for a Unix socket."""
-    folder = tempfile.mkdtemp(prefix="asyncscale-")
-    if len(folder) > _MAX_FOLDER:
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="asyncscale-", dir="/tmp")
-    return folder
+def choose_runtime_folder() -> str:
+    """A new name for a private folder of sockets and engine logs, with a path short enough for a Unix socket."""
+    name = f"asyncscale-{secrets.token_hex(8)}"
+    folder = os.path.join(tempfile.gettempdir(), name)
+    return folder if len(folder) <= _MAX_FOLDER else os.path.join("/tmp", name)
+
+
+def make_runtime_folder(folder: str) -> None:
+    """Make the folder that was chosen, with mode 0700. To be done when there is somebody who will remove it."""
+    os.mkdir(folder, 0o700)
 
 
 def remove_runtime_folder(folder: str) -> None:
     """Remove the folder and what is in it; not an error when it is gone or half gone."""
-    shutil.rmtree(folder, ignore_errors=True)
+    removed = f"{folder}.removed"
+    with contextlib.suppress(OSError):
+        os.rename(folder, removed)  # first, so that a process which is just starting makes no more files in it
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def coordinator_address(folder: str) -> str:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
+from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 
 from asyncscale.progress import read_small_file
@@ -17,18 +19,41 @@ _LOOK_INTERVAL_S = 0.05
 
 async def wait_exit(process: BaseProcess, timeout: float) -> bool:
     """Wait at most `timeout` seconds for its end. Whether it has ended."""
+    # Without a task of its own: Ctrl-C may hit in here, and what it hits it ends, and whatever waits for that.
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
-    exited = asyncio.Event()
-    loop.add_reader(process.sentinel, exited.set)
+    exited = False
+
+    def on_exit() -> None:
+        nonlocal exited
+        exited = True
+        wake()
+
+    def wake() -> None:
+        if not look.done():
+            look.set_result(None)
+
+    look = loop.create_future()
+    loop.add_reader(process.sentinel, on_exit)
     try:
         # What was forked from the process holds its sentinel open, so look at the process itself as well.
-        while not exited.is_set() and process.exitcode is None and loop.time() < deadline:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(exited.wait(), _LOOK_INTERVAL_S)
+        while not exited and process.exitcode is None and loop.time() < deadline:
+            look = loop.create_future()
+            timer = loop.call_later(_LOOK_INTERVAL_S, wake)
+            try:
+                await look
+            finally:
+                timer.cancel()
     finally:
         loop.remove_reader(process.sentinel)
-    return exited.is_set() or process.exitcode is not None
+    return exited or process.exitcode is not None
+
+
+async def wait_exits(processes: Iterable[BaseProcess], timeout: float) -> None:
+    """Wait at most `timeout` seconds for the end of all."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        await wait_exit(process, deadline - time.monotonic())
 
 
 def collect_exit_code(process: BaseProcess) -> int | None:

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import zmq
@@ -18,6 +19,7 @@ from asyncscale import messages, transport
 from asyncscale.address import parse, shown
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
+from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.policies import EngineLoad, Policy
@@ -136,7 +138,8 @@ class AsyncScaleClient:
         self._state = State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
-        self._starting: asyncio.Task[None]
+        self._owner_pid = 0  # of the process that started it, unlike forks of that
+        self._starter: asyncio.Task[Any] | None = None  # who awaits `start`, until it is over
         self._closed_while_starting = False
         self._closing: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -145,6 +148,7 @@ class AsyncScaleClient:
         self._engines: Engines
         self._dispatcher: Dispatcher
         self._submission: Submission
+        self._finalizer: weakref.finalize[..., AsyncScaleClient] | None = None  # while it runs
 
     # --- life
 
@@ -154,22 +158,25 @@ class AsyncScaleClient:
             raise wrong_state(self._state, "start")
         self._state = State.STARTING
         self._loop = asyncio.get_running_loop()
+        self._owner_pid = os.getpid()
         self._context = zmq.Context()
         self._cleanup.callback(self._context.destroy, linger=0)
         self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
-        self._starting = asyncio.ensure_future(
-            self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to)
-        )
+        self._starter = starter = cast("asyncio.Task[Any]", asyncio.current_task())
+        num_cancels = starter.cancelling()
         try:
-            await self._starting
+            await (self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to))
         except BaseException:
             if self._closing is None:
-                self._closing = asyncio.ensure_future(self._shut_down())
-            await asyncio.shield(self._closing)
-            if self._state is State.CLOSED and self._closed_while_starting:
+                self._begin_closing(self._shut_down())
+            await self._wait_closed()
+            if self._closed_while_starting and starter.uncancel() <= num_cancels:
                 raise ClientClosedError("the client was closed while it started") from None
             raise
+        finally:
+            self._starter = None
         self._state = State.RUNNING
+        self._finalizer = end_when_forgotten(self, self._loop, self._cleanup, self._engines, self._context)
         return self
 
     async def _start_owned(self) -> None:
@@ -234,23 +241,41 @@ class AsyncScaleClient:
         drain: let requests finish first (at most `timeout` seconds), while new ones are refused; those of attached
         clients, too, if it owns the engines. Otherwise, and after the timeout, they end with ClientClosedError.
         Idempotent, and safe to call several times at once: the first call decides, but one without drain ends a drain.
+        Does nothing in a fork of the process that the client belongs to. When the client's event loop is closed, it
+        can be closed from any other, without drain.
         """
         if self._state is State.NEW:
             self._state = State.CLOSED
             return
-        if self._state is State.CLOSED:
+        if self._state is State.CLOSED or os.getpid() != self._owner_pid:
+            return
+        if self._loop is not None and self._loop.is_closed():
+            await asyncio.to_thread(self._abandon)
             return
         self._check_loop()
         if self._closing is None:
-            if self._state is State.STARTING:
+            if self._starter is not None:
                 drain = False
                 self._closed_while_starting = True
-                self._starting.cancel()
-            self._state = State.CLOSING
-            self._closing = asyncio.ensure_future(self._close(drain, timeout))
+                self._starter.cancel()
+            self._begin_closing(self._close(drain, timeout))
         elif not drain and self._draining is not None:
             self._draining.cancel()
-        await asyncio.shield(self._closing)
+        await self._wait_closed()
+
+    def _begin_closing(self, closing: Coroutine[Any, Any, None]) -> None:
+        self._state = State.CLOSING
+        self._closing = asyncio.ensure_future(closing)
+        self._closing.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _wait_closed(self) -> None:
+        """Return when the client is closed; it goes on being closed when who waits here is cancelled."""
+        if self._closing is None:
+            return
+        await asyncio.wait([self._closing])
+        error = None if self._closing.cancelled() else self._closing.exception()
+        if isinstance(error, Exception):  # else a Ctrl-C that hit the closing: it has been raised already, by the loop
+            raise error
 
     async def _close(self, drain: bool, timeout: float | None) -> None:
         try:
@@ -277,11 +302,20 @@ class AsyncScaleClient:
             await self._dispatcher.wait_load_change()
 
     async def _shut_down(self) -> None:
-        self._state = State.CLOSING
         try:
             await self._cleanup.aclose()
         finally:
-            self._state = State.CLOSED
+            self._set_closed()
+
+    def _abandon(self) -> None:
+        if self._finalizer is not None:
+            end_now(self._engines, self._context)
+        self._set_closed()
+
+    def _set_closed(self) -> None:
+        self._state = State.CLOSED
+        if self._finalizer is not None:
+            self._finalizer.detach()
 
     async def __aenter__(self) -> AsyncScaleClient:
         return await self.start()
@@ -321,7 +355,7 @@ class AsyncScaleClient:
         """
         self._check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return self._submission.submit(lambda: prompt, SamplingParams.of(params, sampling), options)
+        return self._submission.submit(lambda: prompt, SamplingParams.of(params, sampling), options, self)
 
     async def submit(
         self,
@@ -347,7 +381,7 @@ class AsyncScaleClient:
         """
         self._check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return await self._submission.submit_in_turn(lambda: prompt, SamplingParams.of(params, sampling), options)
+        return await self._submission.submit_in_turn(lambda: prompt, SamplingParams.of(params, sampling), options, self)
 
     def chat(
         self,
@@ -381,7 +415,7 @@ class AsyncScaleClient:
             )
 
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return self._submission.submit(encode, SamplingParams.of(params, sampling), options)
+        return self._submission.submit(encode, SamplingParams.of(params, sampling), options, self)
 
     # --- engines
 
@@ -391,8 +425,9 @@ class AsyncScaleClient:
 
         With `host`, it holds the key that lets in whoever has it, from wherever it is reached: then it is a secret.
         """
-        self._check_usable()
-        return self._engines.address
+        if self._state is not State.RUNNING:
+            raise wrong_state(self._state, "use")
+        return self._engines.address  # also from other loops, threads and forks: to attach there
 
     def engine_loads(self) -> tuple[EngineLoad, ...]:
         """The newest counts of every engine, and their age. Asks nobody."""
@@ -462,9 +497,11 @@ class AsyncScaleClient:
 
     def _check_loop(self) -> None:
         if asyncio._get_running_loop() is not self._loop:
+            where = (
+                "in the process that this is a fork of" if os.getpid() != self._owner_pid else "on another event loop"
+            )
             raise ClientStateError(
-                "this client was started on another event loop than the one it is used from now. "
-                "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
+                f"this client was started {where}. Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
             )
 
     def __repr__(self) -> str:

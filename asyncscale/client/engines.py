@@ -51,6 +51,9 @@ class Engines(Protocol):
     async def stop(self) -> None:
         """End or leave them. Bounded; idempotent."""
 
+    def abandon(self) -> None:
+        """As `stop`, without the event loop, which is closed. Blocks for moments."""
+
 
 class OwnedEngines:
     """Engines that this process starts, watches and ends; the coordinator tells other clients of them."""
@@ -66,17 +69,18 @@ class OwnedEngines:
         self._dispatcher = dispatcher
         self.supervisor = Supervisor(launch, self._on_ready, self._on_death)
         try:
+            self.supervisor.spawn()
             self._coordinator = Coordinator(
                 context, self.supervisor.folder, self.model, self.roster, dispatcher, launch.tcp
             )
         except BaseException:
-            transport.remove_runtime_folder(self.supervisor.folder)
+            self.supervisor.abandon()
             raise
         self.address = self._coordinator.address
 
     async def start(self) -> None:
-        """Start all engines side by side. Raises EngineStartError or ModelLoadError, and leaves nothing behind."""
-        await self.supervisor.start()
+        """Wait until all engines are ready. Raises EngineStartError or ModelLoadError; then they are to be stopped."""
+        await self.supervisor.wait_ready()
 
     async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls."""
@@ -86,6 +90,10 @@ class OwnedEngines:
         """End all engines."""
         self._coordinator.close()
         await self.supervisor.stop()
+
+    def abandon(self) -> None:
+        """End all engines without the event loop, which is closed; clients that are attached see that."""
+        self.supervisor.abandon()
 
     def _on_ready(self, engine: EngineProcess, facts: messages.EngineFacts, last_error: str | None) -> None:
         load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
@@ -176,6 +184,9 @@ class AttachedEngines:
         self._stop_monitor()
         self._socket.close()
         self._monitor.close()
+
+    def abandon(self) -> None:
+        """Nothing: engines and owner notice that a client is gone."""
 
     def _send(self, message: messages.ToCoordinator) -> None:
         with contextlib.suppress(zmq.Again):  # what is at the address is no owner, and libzmq gave up on it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from asyncscale import messages
@@ -50,7 +50,7 @@ async def run_frontends(main: Callable[[AsyncScaleClient, int], Awaitable[T]], c
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     finally:
-        await asyncio.gather(*(frontend.stop() for frontend in frontends))
+        await _stop(frontends)
 
 
 def _check(main: Callable[..., Any], count: int, address: str) -> bytes:
@@ -70,16 +70,29 @@ def _check(main: Callable[..., Any], count: int, address: str) -> bytes:
         ) from error
 
 
+async def _stop(frontends: Sequence[_Frontend]) -> None:
+    """Close the lifelines, which ends the processes; kill those that do not end in time. Idempotent."""
+    stopping = [frontend for frontend in frontends if not frontend.stopped]
+    for frontend in stopping:
+        frontend.stopped = True
+        frontend.channel.close()
+    try:
+        await child_process.wait_exits([frontend.process for frontend in stopping], STOP_GRACE_S)
+    finally:
+        for frontend in stopping:
+            child_process.release(frontend.process)
+
+
 class _Frontend:
     """One front end's process, seen from its caller."""
 
     def __init__(self, index: int, address: str) -> None:
         self._index = index
         job = FrontendJob(index, address, sys.argv)
-        self._process, lifeline = start_process(f"frontend-{index}", run_frontend, job)
-        self._channel = as_socket(lifeline)
-        self._channel.setblocking(False)
-        self._stopped = False
+        self.process, lifeline = start_process(f"frontend-{index}", run_frontend, job)
+        self.channel = as_socket(lifeline)
+        self.channel.setblocking(False)
+        self.stopped = False
 
     async def run(self, function: bytes) -> Any:
         """Send `main`, wait for the outcome, and return or raise it."""
@@ -95,28 +108,17 @@ class _Frontend:
         except Exception as error:
             message = f"front end {self._index} returned what cannot be unpickled here"
             raise FrontendError(message, index=self._index) from error
-        await self.stop()
+        await _stop([self])
         return result
-
-    async def stop(self) -> None:
-        """Close the lifeline, which ends the process; kill it if it does not end in time. Idempotent."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self._channel.close()
-        try:
-            await child_process.wait_exit(self._process, STOP_GRACE_S)
-        finally:
-            child_process.release(self._process)
 
     async def _send(self, payload: bytes) -> None:
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self._channel, HEADER.pack(len(payload)))
-        await loop.sock_sendall(self._channel, payload)
+        await loop.sock_sendall(self.channel, HEADER.pack(len(payload)))
+        await loop.sock_sendall(self.channel, payload)
 
     async def _receive(self) -> bytearray:
-        (size,) = HEADER.unpack(await _receive_exactly(self._channel, HEADER.size))
-        return await _receive_exactly(self._channel, size)
+        (size,) = HEADER.unpack(await _receive_exactly(self.channel, HEADER.size))
+        return await _receive_exactly(self.channel, size)
 
     def _error(self, outcome: messages.Raised) -> BaseException:
         error: BaseException | None = None
@@ -132,8 +134,8 @@ class _Frontend:
         return error
 
     async def _lost(self) -> FrontendError:
-        exited = await child_process.wait_exit(self._process, STOP_GRACE_S)
-        code = child_process.collect_exit_code(self._process) if exited else None
+        exited = await child_process.wait_exit(self.process, STOP_GRACE_S)
+        code = child_process.collect_exit_code(self.process) if exited else None
         message = f"front end {self._index} ended without a result ({child_process.describe_exit(code)})"
         return FrontendError(message, index=self._index, exit_code=code)
 

@@ -60,11 +60,14 @@ class Generation:
     Raises: RequestTimeoutError, RequestAbortedError, EngineDeadError, ClientClosedError.
     """
 
-    __slots__ = ("__weakref__", "_abort", "_loop", "_stream")
+    __slots__ = ("__weakref__", "_abort", "_client", "_loop", "_stream")
 
-    def __init__(self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]) -> None:
+    def __init__(
+        self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None], client: object = None
+    ) -> None:
         self._stream = stream
         self._abort = abort
+        self._client = client  # not to be forgotten, and with it its engines, while somebody reads this
         self._loop = asyncio.get_running_loop()
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import weakref
 from collections.abc import Callable
 
 import zmq
@@ -29,12 +31,16 @@ class LoopSocket:
         self._on_frames = on_frames
         self._wakeup: asyncio.Handle | None = None
         self._closed = False
+        self._forked = False
+        _open.add(self)
         self._descriptor: int = socket.get(zmq.FD)  # type: ignore[assignment]
         loop.add_reader(self._descriptor, self._read)
         self._read_soon()
 
     def send(self, *frames: bytes) -> None:
-        """Queue a message. Raises zmq.ZMQError (EHOSTUNREACH) when a ROUTER's peer is gone."""
+        """Queue a message. Raises zmq.ZMQError (EHOSTUNREACH) when a ROUTER's peer is gone. In a fork, does nothing."""
+        if self._forked:
+            return
         try:
             transport.send(self._socket, *frames)
         finally:  # one that failed may have used the signal up as well
@@ -51,6 +57,7 @@ class LoopSocket:
         if self._closed:
             return
         self._closed = True
+        _open.discard(self)
         if not self._loop.is_closed():
             self._loop.remove_reader(self._descriptor)
         if self._wakeup is not None:
@@ -79,3 +86,15 @@ class LoopSocket:
             if self._closed:
                 return False
         return True
+
+
+_open: weakref.WeakSet[LoopSocket] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a fork, sockets and the event loop's descriptors are those of the parent, which goes on using them."""
+    for socket in list(_open):
+        socket._closed = socket._forked = True
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -7,6 +7,8 @@
   the lifeline ends them.
 - At the exit of a process, and of each of its forks, its children are joined or terminated. The lifeline ends ours
   too, and tells a fork from the owner.
+- A child whose parent is killed before it has said what to do ends with a traceback, and knows of nothing to clean up.
+  Ours ends without a word, and removes the folder that it was told of on its command line.
 """
 
 from __future__ import annotations
@@ -26,7 +28,18 @@ from typing import Any, Protocol
 
 # What a terminal or a service manager sends to the whole group. The owner decides what it means; its children ignore
 # it from their first instruction on (their entry points lift the block), and end when the owner does.
-GROUP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+GROUP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+
+# What a child runs until it knows more; {run} is multiprocessing's own.
+_PROGRAM = """
+from multiprocessing.context import reduction
+try:
+    {run}
+except (EOFError, reduction.pickle.UnpicklingError):
+    import shutil, sys
+    for folder in sys.argv[2:]:
+        shutil.rmtree(folder, ignore_errors=True)
+"""
 
 _starting = threading.Lock()
 
@@ -52,18 +65,18 @@ os.register_at_fork(after_in_child=_close_lifelines)
 
 
 def start_process(
-    name: str, target: Callable[[Any, Connection], None], argument: object
+    name: str, target: Callable[[Any, Connection], None], argument: object, folder: str | None = None
 ) -> tuple[BaseProcess, Connection]:
     """Start `target(argument, lifeline)` in a fresh interpreter. Returns the process, and this side of the lifeline.
 
     The lifeline is a pipe: when the process at one end of it is gone, the other reads end-of-file. The caller sees to
-    the child's end.
+    the child's end. folder: what the child removes if this process is killed before `target` can see to that.
     """
     with _starting, _standard_descriptors_taken():
         resource_tracker.ensure_running()  # else it starts with the first child, and lifts the block of signals
         ours, theirs = SpawnContext().Pipe(duplex=True)
         child = SpawnProcess(target=target, args=(argument, theirs), name=f"asyncscale-{name}")
-        with _preparation(child.name), _children_allowed(), _group_signals_blocked():
+        with _preparation(child.name, folder), _children_allowed(), _group_signals_blocked():
             child.start()
         theirs.close()  # else the child's end would stay open here, and its death would not close it
     close_in_forks(ours)
@@ -95,7 +108,7 @@ def _group_signals_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def _preparation(child_name: str) -> Iterator[None]:
+def _preparation(child_name: str, folder_to_remove: str | None) -> Iterator[None]:
     """Send the child what it needs; other threads may start processes of their own meanwhile, as ever."""
     prepare, command_line = spawn.get_preparation_data, spawn.get_command_line
 
@@ -110,11 +123,14 @@ def _preparation(child_name: str) -> Iterator[None]:
             "start_method": "spawn",
         }
 
-    def safe_path(**arguments: Any) -> list[str]:
-        executable, *rest = command_line(**arguments)
-        return [executable, "-P", *rest]  # until it has our sys.path, it looks for no module in the current folder
+    def quiet_and_safe(**arguments: Any) -> list[str]:
+        *interpreter, run, mark = command_line(**arguments)
+        executable, *flags = interpreter
+        folders = [] if folder_to_remove is None else [folder_to_remove]
+        # -P: until it has our sys.path, it looks for no module in the current folder.
+        return [executable, "-P", *flags, _PROGRAM.format(run=run), mark, *folders]
 
-    spawn.get_preparation_data, spawn.get_command_line = without_main_and_folder, safe_path
+    spawn.get_preparation_data, spawn.get_command_line = without_main_and_folder, quiet_and_safe
     try:
         yield
     finally:

@@ -34,8 +34,10 @@ class Submission:
     def facts(self) -> EngineFacts:
         return self._preparation.facts
 
-    def submit(self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions) -> Generation:
-        """Start a request. make_prompt: called when the options have proved right.
+    def submit(
+        self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions, client: object
+    ) -> Generation:
+        """Start a request. make_prompt: called when the options have proved right. client: lives while it is read.
 
         Raises InvalidRequestError, OverloadedError, EngineDeadError, and what a routing policy of the user's raises.
         """
@@ -45,10 +47,10 @@ class Submission:
         self._dispatcher.check_room(options.engine, len(stream.prompt_token_ids))
         self._dispatcher.submit(stream)
         self._start_timer(stream, options)
-        return Generation(stream, self._dispatcher.abort)
+        return Generation(stream, self._dispatcher.abort, client)
 
     async def submit_in_turn(
-        self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions
+        self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions, client: object
     ) -> Generation:
         """Start a request when there is a place for it. Raises what `submit` raises, and what ends it while it waits:
         RequestTimeoutError, ClientClosedError, EngineDeadError."""
@@ -63,7 +65,7 @@ class Submission:
             raise
         if stream.error is not None:
             raise stream.error
-        return Generation(stream, self._dispatcher.abort)
+        return Generation(stream, self._dispatcher.abort, client)
 
     def _validate(self, options: RequestOptions) -> None:
         options.validate(self._dispatcher.engine_ids)

@@ -65,8 +65,8 @@ class Launch:
 class Supervisor:
     """Owns the engine processes of one client, and the private folder for their sockets and logs.
 
-    Until `start` returns, an engine that does not become ready ends the start; after that, one that dies, in whatever
-    way and at whatever moment, is started again.
+    Until `wait_ready` returns, an engine that does not become ready ends the start; after that, one that dies, in
+    whatever way and at whatever moment, is started again.
     A supervisor that is forgotten or whose interpreter exits takes its engines with it; one that is killed does, too:
     each engine ends when its lifeline closes.
     """
@@ -75,37 +75,35 @@ class Supervisor:
         self._launch = launch
         self._on_ready = on_ready
         self._on_death = on_death
-        self.folder = transport.make_runtime_folder()
+        self.folder = transport.choose_runtime_folder()
+        self._has_folder = False
         self.engines: dict[int, EngineProcess] = {}
         self._histories = {i: RestartHistory(launch.max_restarts) for i in range(launch.num_engines)}
         self._last_errors: dict[int, str] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}  # per engine that is not ready: its next start, or its limit
         self._looking: asyncio.TimerHandle | None = None
-        self._starting: dict[int, asyncio.Future[None]] = {}  # engines that `start` waits for
+        self._starting: dict[int, asyncio.Future[None]] = {}  # engines that `wait_ready` waits for
         self._logged: set[str] = set()
         self._loop = asyncio.get_running_loop()
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
 
-    async def start(self) -> None:
-        """Start all engines at once and wait until all are ready; when one fails, stop all and raise.
+    def spawn(self) -> None:
+        """Start all engines at once, and make their folder."""
+        for engine_id in range(self._launch.num_engines):
+            self._starting[engine_id] = self._loop.create_future()
+            self._start_engine(engine_id, 0)
+
+    async def wait_ready(self) -> None:
+        """Return when all engines are ready. When one fails, `stop` is what follows.
 
         Raises EngineStartError (with the child's traceback), or the ModelLoadError that the child raised.
         """
-        engine_ids = range(self._launch.num_engines)
-        self._starting = {engine_id: self._loop.create_future() for engine_id in engine_ids}
         try:
-            for engine_id in engine_ids:
-                self._start_engine(engine_id, 0)
             async with asyncio.timeout(self._launch.timeout):
                 await asyncio.gather(*self._starting.values())
         except TimeoutError:
             slow = next(engine for engine in self.engines.values() if engine.facts is None)
-            error = self._too_slow(slow)
-            await self.stop()
-            raise error from None
-        except BaseException:
-            await self.stop()
-            raise
+            raise self._too_slow(slow) from None
         if self._launch.hang_timeout is not None:
             self._look_later()
 
@@ -119,14 +117,17 @@ class Supervisor:
             config=self._launch.config,
             tcp=self._launch.tcp,
         )
-        progress.make_file(spec.progress_path)
-        process, lifeline = start_process(spec.name, run_engine, spec)
+        process, lifeline = start_process(spec.name, run_engine, spec, self.folder)
         engine = EngineProcess(spec, process, lifeline, self._loop.time())
         if self._launch.hang_timeout is not None:
             engine.hang_detector = HangDetector(self._launch.hang_timeout, self._launch.look_interval)
         self.engines[engine_id] = engine
         self._loop.add_reader(lifeline.fileno(), self._on_lifeline, engine)
         self._loop.add_reader(process.sentinel, self._on_exit, engine)
+        if not self._has_folder:  # not before there is an engine that removes it when this process is killed
+            transport.make_runtime_folder(self.folder)
+            self._has_folder = True
+        progress.make_file(spec.progress_path)
 
     # --- what engines say
 
@@ -169,7 +170,7 @@ class Supervisor:
             return
         first_start = self._starting.get(engine.engine_id)
         if first_start is not None and not first_start.done():
-            _resolve(first_start, _first_error(engine))  # `start` stops everything
+            _resolve(first_start, _first_error(engine))  # that is the end of all
             return
         del self.engines[engine.engine_id]
         transport.unlink_address(engine.spec.address)
@@ -244,12 +245,19 @@ class Supervisor:
             self._unwatch(engine)
             engine.lifeline.close()
         try:
-            await asyncio.gather(*(child_process.wait_exit(engine.process, _EXIT_GRACE_S) for engine in engines))
+            await child_process.wait_exits([engine.process for engine in engines], _EXIT_GRACE_S)
         finally:
             self._finalizer.detach()
             for engine in engines:
                 engine.release()
             transport.remove_runtime_folder(self.folder)
+
+    def abandon(self) -> None:
+        """As `stop`, when nothing can be awaited: blocks until the engines have ended."""
+        if not self._loop.is_closed():
+            for engine in self.engines.values():
+                self._unwatch(engine)
+        self._finalizer()
 
 
 def _first_error(engine: EngineProcess) -> Exception:
@@ -281,9 +289,12 @@ def _end_all(owner_pid: int, engines: dict[int, EngineProcess], folder: str) -> 
     """For a client that was never closed: its loop is gone, so end the engines from here."""
     if os.getpid() != owner_pid:
         return  # a fork of the owner exits; the engines are not its own
-    for engine in engines.values():
+    ending = list(engines.values())
+    engines.clear()  # a loop that still runs, in a daemon thread, is to mind none of these exits
+    for engine in ending:
         engine.lifeline.close()
-    for engine in engines.values():
+    for engine in ending:
         engine.process.join(_EXIT_GRACE_S)
-        engine.release()
+        engine.process.kill()
+        engine.process.join(_EXIT_GRACE_S)
     transport.remove_runtime_folder(folder)

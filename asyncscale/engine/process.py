@@ -32,6 +32,8 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     """Load the model of `spec`, tell the supervisor on `lifeline`, then serve until the lifeline closes."""
     threading.Thread(target=_end_with_owner, args=(lifeline, spec.folder), name="lifeline", daemon=True).start()
     _ignore_group_signals()
+    while not os.path.exists(spec.progress_path):  # the owner makes it when there are engines to remove the folder
+        time.sleep(0.001)
     _take_over_stdio(spec.stderr_path)
 
     def tell(message: messages.FromStart) -> None:
@@ -85,7 +87,7 @@ class _LogToOwner(logging.Handler):
 
 def _ignore_group_signals() -> None:
     """Ctrl-C and its like reach the whole process group; the owner decides what they mean, and was started first."""
-    ignored = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    ignored = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # blocked while the interpreter started

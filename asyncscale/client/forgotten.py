@@ -1,0 +1,64 @@
+"""The end of a client that nobody closed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+import weakref
+from contextlib import AsyncExitStack
+from typing import TypeVar
+
+import zmq
+
+from asyncscale.client.engines import Engines
+
+T = TypeVar("T")
+
+_cleanups: set[asyncio.Task[None]] = set()
+
+
+def end_when_forgotten(
+    client: T,
+    loop: asyncio.AbstractEventLoop,
+    cleanup: AsyncExitStack,
+    engines: Engines,
+    context: zmq.Context[zmq.Socket[bytes]],
+) -> weakref.finalize[..., T]:
+    """When the garbage collector takes the client, close all that it used, with a ResourceWarning. Detach to prevent.
+
+    None of the arguments may refer to the client: as long as it lives, they live.
+    """
+    finalizer = weakref.finalize(client, _end, repr(client), os.getpid(), loop, cleanup, engines, context)
+    finalizer.atexit = False  # the engines end then, and nothing else matters
+    return finalizer
+
+
+def end_now(engines: Engines, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Without the event loop, which is closed. Blocks until the engines have ended."""
+    engines.abandon()
+    context.destroy(linger=0)
+
+
+def _end(
+    client: str,
+    owner_pid: int,
+    loop: asyncio.AbstractEventLoop,
+    cleanup: AsyncExitStack,
+    engines: Engines,
+    context: zmq.Context[zmq.Socket[bytes]],
+) -> None:
+    """May run in any thread: wherever the garbage collector does."""
+    if os.getpid() != owner_pid:
+        return  # all of it belongs to the process that this is a fork of
+    if loop.is_closed():
+        end_now(engines, context)
+    else:
+        loop.call_soon_threadsafe(_start_cleanup, loop, cleanup)
+    warnings.warn(f"unclosed client {client}", ResourceWarning, stacklevel=2)
+
+
+def _start_cleanup(loop: asyncio.AbstractEventLoop, cleanup: AsyncExitStack) -> None:
+    task = loop.create_task(cleanup.aclose())
+    _cleanups.add(task)
+    task.add_done_callback(_cleanups.discard)
