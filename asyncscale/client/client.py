@@ -497,11 +497,11 @@ class AsyncScaleClient:
 
     def _check_loop(self) -> None:
         if asyncio._get_running_loop() is not self._loop:
-            where = (
-                "in the process that this is a fork of" if os.getpid() != self._owner_pid else "on another event loop"
-            )
+            is_fork = os.getpid() != self._owner_pid
+            where = "by the process that this one is a fork of" if is_fork else "on another event loop"
             raise ClientStateError(
-                f"this client was started {where}. Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
+                f"this client was started {where}. "
+                "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
             )
 
     def __repr__(self) -> str:
