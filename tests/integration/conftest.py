@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from programs import processes_of
 
 
 @pytest.fixture
@@ -55,3 +56,16 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 10.0) 
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout:g} s, and it is still not so that {what}")
         time.sleep(0.005)
+
+
+@pytest.fixture
+def workspace(runtime_folders: Path) -> Iterator[Path]:
+    """The user's folder. A test whose programs leave orphans fails: these are known by the TMPDIR they inherited."""
+    (runtime_folders / "user").mkdir()
+    yield runtime_folders / "user"
+    deadline = time.monotonic() + 5
+    while (left := processes_of(runtime_folders)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in left:
+        process.kill()
+    assert left == []

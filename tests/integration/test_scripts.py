@@ -2,87 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import site
 import subprocess
 import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-
-PRELUDE = """
-import asyncio, os, signal, sys, threading, time
-from asyncscale import *
-FAST = SimulatedModel(base_ms=0.2)
-async def three_tokens():
-    async with AsyncScaleClient(FAST, num_engines=2) as client:
-        print(len((await client.generate("x", max_tokens=3, ignore_eos=True)).token_ids), flush=True)
-"""
-STREAM = """
-async def main():
-    print("start", flush=True)
-    async with AsyncScaleClient(SimulatedModel(load_s=float(sys.argv[1])), num_engines=2) as client:
-        print("ready", flush=True)
-        async for token in client.generate("x", max_tokens=8000, ignore_eos=True):
-            pass
-asyncio.run(main())
-"""
-
-
-@pytest.fixture
-def workspace(runtime_folders: Path) -> Path:
-    """The user's folder."""
-    (runtime_folders / "user").mkdir()
-    return runtime_folders / "user"
-
-
-@pytest.fixture(autouse=True)
-def nothing_outlives_its_owner(runtime_folders: Path) -> Iterator[None]:
-    """Fails the test that leaves an orphan running; those are known by the TMPDIR that they inherited."""
-    yield
-    deadline = time.monotonic() + 5
-    while (left := _processes_of(runtime_folders)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for process in left:
-        process.kill()
-    assert left == []
-
-
-def _processes_of(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.ppid() == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
-                continue  # children, such as multiprocessing's resource tracker, are looked after elsewhere
-            if "resource_tracker" in " ".join(process.cmdline()):
-                continue  # lives as long as anybody who forked from its starter
-            if process.environ().get("TMPDIR") == str(folder):
-                found.append(process)
-    return found
-
-
-def script(folder: Path, body: str, name: str = "script.py") -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(PRELUDE + textwrap.dedent(body))
-    return str(folder / name)
-
-
-def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=40, **options)  # type: ignore[call-overload,no-any-return]
-
-
-def assert_prints(output: str, *arguments: str, **options: object) -> None:
-    """The program ends well, prints just this, and nothing on stderr."""
-    done = run(*arguments, **options)
-    assert (done.stdout, done.stderr, done.returncode) == (output, "", 0)
-
+from programs import PRELUDE, assert_prints, run, script
 
 # --- ways to start
 
@@ -232,139 +161,6 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("method", "kind"), [("fork", "process"), ("spawn", "process"), ("fork", "pool")])
 def test_a_client_inside_a_multiprocessing_worker(workspace: Path, method: str, kind: str) -> None:
     assert_prints("3\n", script(workspace, WORKER), method, kind)
-
-
-FORKED = """
-import multiprocessing
-async def main():
-    async with AsyncScaleClient(FAST, num_engines=2) as client:
-        generation = client.generate("x", max_tokens=300, ignore_eos=True)
-        {fork}
-        assert multiprocessing.active_children() == []
-        print(len((await generation).token_ids), flush=True)
-        print(len((await client.generate("x", max_tokens=3, ignore_eos=True)).token_ids), flush=True)
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize(
-    "fork",
-    [
-        "p = multiprocessing.get_context('fork').Process(target=int); p.start(); await asyncio.to_thread(p.join)",
-        "import subprocess; subprocess.run([sys.executable, '-c', 'pass'], close_fds=False)",
-        # As a child that leaves by the interpreter's own exit does, when what it ran was no asyncio.
-        "import atexit\n        if os.fork() == 0:\n            atexit._run_exitfuncs(); os._exit(0)"
-        "\n        await asyncio.to_thread(os.wait)",
-    ],
-    ids=["multiprocessing", "subprocess", "os.fork"],
-)
-def test_a_forked_child_that_exits_changes_nothing(workspace: Path, fork: str) -> None:
-    assert_prints("300\n3\n", script(workspace, FORKED.format(fork=fork)))
-
-
-def test_engines_end_with_a_killed_owner_though_a_forked_child_lives_on(workspace: Path, runtime_folders: Path) -> None:
-    path = script(
-        workspace,
-        """
-        async def main():
-            async with AsyncScaleClient(FAST, num_engines=2) as client:
-                pid = os.fork()
-                if pid == 0:
-                    time.sleep(60)
-                    os._exit(0)
-                print(pid, flush=True)
-                os.kill(os.getpid(), signal.SIGKILL)
-        asyncio.run(main())
-        """,
-    )
-    with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdout is not None
-        child = psutil.Process(int(owner.stdout.readline()))
-        try:
-            owner.wait(10)
-            deadline = time.monotonic() + 5
-            while (left := [p for p in _processes_of(runtime_folders) if p != child]) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert left == []
-        finally:
-            child.kill()
-
-
-# --- ways to end
-
-
-@pytest.mark.parametrize(
-    ("end", "code"), [("pass", 0), ("sys.exit(3)", 3), ("raise ZeroDivisionError", 1), ("os._exit(4)", 4)]
-)
-@pytest.mark.parametrize("closed", [True, False])
-def test_a_program_that_just_ends_takes_its_engines_with_it(workspace: Path, closed: bool, end: str, code: int) -> None:
-    start = "async with AsyncScaleClient(FAST, num_engines=2) as client:"
-    if not closed:
-        start = "global client, generation; client = await AsyncScaleClient(FAST, num_engines=2).start()\n    if True:"
-    body = (
-        f"\nasync def main():\n    {start}\n"
-        "        generation = client.generate('x', max_tokens=8000, ignore_eos=True)\n"
-        f"        async for token in generation:\n            break\n        {end}\n"
-        "asyncio.run(main())\n"
-    )
-    done = run(script(workspace, body))
-    assert done.returncode == code
-    assert done.stderr.strip().splitlines()[-1:] == (["ZeroDivisionError"] if code == 1 else [])
-    assert done.stderr.count("Traceback") == (code == 1)
-
-
-def signalled(
-    workspace: Path, line: str, load_s: float, *, delay: float, group: bool, sent: list[signal.Signals]
-) -> str:
-    """Send signals to a program that printed `line`; assert that the first of them is its exit code. Its stderr."""
-    path = script(workspace, STREAM)
-    with subprocess.Popen(
-        [sys.executable, path, str(load_s)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        while process.stdout.readline().strip() != line:
-            pass
-        time.sleep(delay)
-        for number in sent:
-            with contextlib.suppress(ProcessLookupError):
-                (os.killpg if group else os.kill)(process.pid, number)
-            time.sleep(0.01)
-        _, stderr = process.communicate(timeout=10)
-        assert process.returncode == -sent[0]
-    return stderr
-
-
-def test_ctrl_c_while_engines_start_is_the_owners_affair_alone(workspace: Path) -> None:
-    for delay in (0.0, 0.05, 0.1, 0.15, 0.2, 0.6):
-        stderr = signalled(workspace, "start", 60, delay=delay, group=True, sent=[signal.SIGINT])
-        assert stderr.strip().endswith("KeyboardInterrupt")
-        assert "spawn_main" not in stderr
-        assert "Fatal Python error" not in stderr
-
-
-@pytest.mark.parametrize("times", [1, 2, 5])
-def test_ctrl_c_while_tokens_stream(workspace: Path, times: int) -> None:
-    stderr = signalled(workspace, "ready", 0, delay=0.1, group=True, sent=[signal.SIGINT] * times)
-    # A later signal may meet the interpreter's own exit, which names it with a colon.
-    assert stderr.strip().splitlines()[-1].startswith("KeyboardInterrupt")
-    assert "spawn_main" not in stderr
-
-
-@pytest.mark.parametrize("group", [True, False], ids=["group", "owner"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-@pytest.mark.parametrize(("line", "load_s"), [("start", 60), ("ready", 0)], ids=["loading", "streaming"])
-def test_an_owner_that_is_killed_leaves_nothing(
-    workspace: Path, line: str, load_s: float, number: signal.Signals, group: bool
-) -> None:
-    if number == signal.SIGKILL and group:
-        pytest.skip("nobody is left to clean up")
-    # Earlier than this, no engine knows of the folder yet.
-    for delay in (0.1, 0.2, 0.6) if line == "start" else (0.1,):
-        assert signalled(workspace, line, load_s, delay=delay, group=group, sent=[number]) == ""
 
 
 # --- attached clients in processes of their own
