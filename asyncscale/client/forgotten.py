@@ -55,7 +55,7 @@ def _end(
         end_now(engines, context)
     else:
         loop.call_soon_threadsafe(_start_cleanup, loop, cleanup)
-    warnings.warn(f"unclosed client {client}", ResourceWarning, stacklevel=2)
+    warnings.warn(f"unclosed client {client}", ResourceWarning, stacklevel=3)  # where it was forgotten
 
 
 def _start_cleanup(loop: asyncio.AbstractEventLoop, cleanup: AsyncExitStack) -> None:
