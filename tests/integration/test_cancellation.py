@@ -10,6 +10,7 @@ import random
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -31,6 +32,7 @@ MAX_TOKENS = 40
 
 @pytest.fixture
 async def client() -> AsyncIterator[AsyncScaleClient]:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # whose threads do not vary
     # Prompts of thousands of tokens take many steps, and requests wait at the engines and here.
     async with AsyncScaleClient(MODEL, num_engines=2, max_num_batched_tokens=256, max_num_seqs=32) as client:
         yield client
