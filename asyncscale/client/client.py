@@ -19,6 +19,7 @@ from asyncscale import messages, transport
 from asyncscale.address import parse, shown
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
+from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
@@ -485,7 +486,7 @@ class AsyncScaleClient:
         async with asyncio.timeout(timeout):
             results = await self._engines.call(method, raw)
         if not results and self._dispatcher.last_death is not None:
-            raise self._dispatcher.last_death.with_traceback(None)
+            raise fresh(self._dispatcher.last_death)
         return [_value(result) for result in results]
 
     # --- use

@@ -17,6 +17,7 @@ from asyncscale import messages
 from asyncscale.client.admission import Admission
 from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.connection import EngineConnection
+from asyncscale.client.exceptions import fresh
 from asyncscale.client.hold_queue import HoldQueue
 from asyncscale.client.options import Limits
 from asyncscale.client.outages import Outages
@@ -175,7 +176,7 @@ class Dispatcher:
         else:
             hope, error = self._can_return(pinned_engine), self._deaths.get(pinned_engine)
         if not hope and error is not None:
-            raise error.with_traceback(None)
+            raise fresh(error)
 
     def _can_return(self, engine_id: int) -> bool:
         return engine_id in self._connections or engine_id in self._outages

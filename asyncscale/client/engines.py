@@ -19,6 +19,7 @@ from asyncscale.address import shown
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engine_process import EngineProcess
+from asyncscale.client.exceptions import fresh
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.roster import Roster
 from asyncscale.client.supervisor import Launch, Supervisor
@@ -167,7 +168,7 @@ class AttachedEngines:
     async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls: the coordinator's."""
         if self._ended is not None:
-            raise self._ended.with_traceback(None)
+            raise fresh(self._ended)
         call_id = next(self._call_ids)
         self._send(messages.CollectiveCall(call_id, method, list(args)))
         future: asyncio.Future[list[messages.EngineResult]] = self._loop.create_future()

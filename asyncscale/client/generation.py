@@ -10,6 +10,7 @@ import msgspec
 
 from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.completion import Completion
+from asyncscale.client.exceptions import fresh
 from asyncscale.client.stream import RequestStream
 from asyncscale.errors import RequestAbortedError
 from asyncscale.messages import FinishReason
@@ -99,7 +100,7 @@ class Generation:
                 self.abort()
                 raise
         if stream.error is not None:
-            raise _as_raised(stream.error)
+            raise fresh(stream.error)
         return stream.completion()
 
     def __repr__(self) -> str:
@@ -125,7 +126,7 @@ class _Reader:
         """Return when there may be more; raise when there is not."""
         if source.done:
             error = self._generation._stream.error
-            raise StopAsyncIteration if error is None else _as_raised(error)
+            raise StopAsyncIteration if error is None else fresh(error)
         try:
             await source.wait_token()
         except asyncio.CancelledError:
@@ -194,8 +195,3 @@ def _abort_unread(
         abort(stream, error)
     else:
         loop.call_soon_threadsafe(abort, stream, error)
-
-
-def _as_raised(error: Exception) -> Exception:
-    # Raised anew each time: a traceback must not grow with every reader.
-    return error.with_traceback(None)

@@ -18,6 +18,8 @@ from typing import Any, cast
 
 import cloudpickle
 
+from asyncscale.client.exceptions import rebuild
+
 _by_value = threading.Lock()  # what cloudpickle sends by value is a setting of the whole process
 
 
@@ -48,16 +50,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             is_reduced_as_ever = not isinstance(kind.__reduce__, FunctionType)
             if is_reduced_as_ever and isinstance(kind.__init__, FunctionType):
                 _, args, *state = cast("tuple[Any, ...]", value.__reduce__())
-                return _rebuild, (kind, *args), *state
+                return rebuild, (kind, *args), *state
         return super().reducer_override(value)
-
-
-def _rebuild(kind: type[BaseException], *args: Any) -> BaseException:
-    error = kind.__new__(kind, *args)
-    inits = (vars(base).get("__init__") for base in kind.__mro__)
-    builtin_init = next(init for init in inits if init is not None and not isinstance(init, FunctionType))
-    builtin_init(error, *args)
-    return error
 
 
 class _Unpickler(pickle.Unpickler):

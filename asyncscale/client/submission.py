@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from asyncscale.client.dispatcher import Dispatcher
+from asyncscale.client.exceptions import fresh
 from asyncscale.client.generation import Generation
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.stream import RequestStream
@@ -64,7 +65,7 @@ class Submission:
             self._dispatcher.abort(stream, RequestAbortedError(f"request {stream.request_id!r} was aborted"))
             raise
         if stream.error is not None:
-            raise stream.error
+            raise fresh(stream.error)
         return Generation(stream, self._dispatcher.abort, client)
 
     def _validate(self, options: RequestOptions) -> None:

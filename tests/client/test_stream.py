@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -208,6 +211,21 @@ async def test_an_error_reaches_every_reader_after_the_tokens_that_came_before_i
         await anext(tokens)
     with pytest.raises(RequestAbortedError):
         await generation
+
+
+async def test_a_reader_that_held_a_token_when_an_error_came_leaves_nothing_behind() -> None:
+    async def read(stream: RequestStream) -> None:
+        async for _token in Generation(stream, lambda *_: None):
+            stream.fail(RequestAbortedError("aborted"))
+
+    stream = make_stream()
+    push_text(stream, "a")
+    with contextlib.suppress(RequestAbortedError):
+        await read(stream)
+    reference = weakref.ref(stream)
+    del stream
+    gc.collect()
+    assert reference() is None
 
 
 async def test_leaving_the_loop_early_aborts_at_once() -> None:

@@ -26,6 +26,7 @@ class EngineMachine(RuleBasedStateMachine):
         super().__init__()
         self.make_engine, self.run_solo = make_engine, run_solo
         self.alive = {}  # (client, id) -> the solo run's outcome
+        self.aborted = []  # (client, id)
         self.prompts = {}  # (client, id) -> (prompt, number of prompt_logprobs to come)
         self.next_id = 0
         self.bound = 100
@@ -96,6 +97,13 @@ class EngineMachine(RuleBasedStateMachine):
         for request_id in ids:
             if self.alive.get((client, request_id), ([], ""))[1] != "error":  # a refusal is on its way already
                 self.alive.pop((client, request_id), None)
+        self.aborted += [(client, request_id) for request_id in ids]
+
+    @precondition(lambda self: self.aborted)
+    @rule(data=st.data())
+    def abort_again(self, data):
+        client, request_id = data.draw(st.sampled_from(self.aborted))
+        self.engine.core.abort(client, [request_id, request_id])
 
     @rule(client=CLIENTS)
     def drop_client(self, client):
