@@ -115,10 +115,12 @@ from asyncscale.client import coordinator, spawn, supervisor
 from multiprocessing import util
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
-def then_kill(do):
+def then_kill(do, when=lambda *_: True):
     def both(*arguments):
-        do(*arguments)
-        kill()
+        done = do(*arguments)
+        if when(*arguments):
+            kill()
+        return done
     return both
 {patch}
 asyncio.run(three_tokens())
@@ -128,7 +130,7 @@ asyncio.run(three_tokens())
 @pytest.mark.parametrize(
     "patch",
     [
-        "util.spawnv_passfds = then_kill(util.spawnv_passfds)",
+        "util.spawnv_passfds = then_kill(util.spawnv_passfds, lambda _, words, __: '--multiprocessing-fork' in words)",
         "transport.make_runtime_folder = then_kill(transport.make_runtime_folder)",
         "supervisor.progress.make_file = kill",
         "transport.bind_router = kill",
