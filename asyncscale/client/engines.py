@@ -266,8 +266,7 @@ class AttachedEngines:
         return AsyncScaleError(f"nobody is at {shown(self.address)!r}: is the owner closed, or on another host?")
 
     def _on_loss(self) -> None:
-        """The owner was killed, and could say no farewell. Or this client was stopped or cut off for a while, or its
-        event loop was blocked and what it had not read came to the limit: then it is welcomed anew."""
+        """The owner was killed, and could say no farewell; or a network broke, and this client is welcomed anew."""
         self._socket.drain()
         if self._ended is not None:
             return

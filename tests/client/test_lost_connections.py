@@ -23,7 +23,7 @@ def ask(fleet: Any, engine: int | None = None, **sampling: Any) -> Any:
     facts, codec = fleet.engines[0].member.facts, load_codec(SimulatedModel())
     submission = Submission(Preparation(codec, facts), fleet.dispatcher)
     params = SamplingParams.of(None, {"max_tokens": 5, "ignore_eos": True, "seed": 9, **sampling})
-    return submission.submit(lambda: [1, 2, 3], params, RequestOptions(None, 0, None, engine, None))
+    return submission.submit(lambda: [1, 2, 3], params, RequestOptions(engine=engine), fleet)
 
 
 def adds(engine: Any) -> list[tuple[bytes, messages.Add]]:
