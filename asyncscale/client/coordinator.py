@@ -22,6 +22,9 @@ _PUBLISH_INTERVAL_S = 0.002
 # A client that reads nothing is sent no more than this many messages ahead, and all it missed when it reads again.
 _MAX_UNREAD = 1000
 _RETRY_INTERVAL_S = 0.1
+# That a client is gone shows when it is sent something. So long after one has come, all are. (One that is stopped costs
+# no more than one that does not read; and to ask for signs of life would end the connection of one that does not.)
+_PROBE_DELAY_S = 1.0
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class Coordinator:
         self._reports: dict[int, messages.LoadReport] = {}
         self._clients: dict[bytes, _Client] = {}
         self._publishing: asyncio.Handle | None = None
+        self._probing: asyncio.TimerHandle | None = None
         self._next_publish = 0.0
         self._calls: set[asyncio.Task[None]] = set()
         address = transport.coordinator_address(folder)
@@ -103,8 +107,9 @@ class Coordinator:
         self._clients.clear()
         for call in self._calls:
             call.cancel()
-        if self._publishing is not None:
-            self._publishing.cancel()
+        for timer in (self._publishing, self._probing):
+            if timer is not None:
+                timer.cancel()
         self._socket.close()
 
     # --- what clients are sent
@@ -153,8 +158,9 @@ class Coordinator:
             shares = {b"the owner": (load.mine, load.my_tokens)} if load.mine else {}
         else:
             load, shares = report.load, report.by_client or {}
-        mine, my_tokens = shares.get(identity, (0, 0))
-        share = messages.fair_share(self._roster[engine_id].facts.max_num_seqs, identity, shares)
+        client = identity[: messages.CLIENT_ID_SIZE]
+        mine, my_tokens = shares.get(client, (0, 0))
+        share = messages.fair_share(self._roster[engine_id].facts.max_num_seqs, client, shares)
         return msgspec.structs.replace(load, mine=mine, my_tokens=my_tokens, share=share)
 
     def _welcome(self, identity: bytes) -> messages.Welcome:
@@ -206,6 +212,14 @@ class Coordinator:
         if not self._clients:
             self._dispatcher.watch_loads(self._on_load_report)
         self._clients[identity] = _Client()
+        if self._probing is None:
+            self._probing = self._loop.call_later(_PROBE_DELAY_S, self._probe)
+
+    def _probe(self) -> None:
+        """Forget those that are gone: clients that come and go while no count changes must not add up."""
+        self._probing = None
+        for identity in list(self._clients):
+            self._send(identity, messages.Counts([]))
 
     async def _answer(
         self, identity: bytes, call: messages.CollectiveCall, results: Awaitable[list[messages.EngineResult]]

@@ -72,6 +72,7 @@ class Dispatcher:
         self._deaths: dict[int, EngineDeadError] = {}  # of engines that are not back
         self.last_death: EngineDeadError | None = None
         self.num_malformed = 0  # messages of engines that were dropped because they made no sense
+        self.on_unreachable: Callable[[messages.Member], None] = lambda member: None  # it is dead, and nobody said so
 
     # --- engines
 
@@ -85,11 +86,7 @@ class Dispatcher:
         engine_id = member.engine_id
         if engine_id in self._connections:
             return
-        connection = EngineConnection(self._context, self._identity, member, self._on_message)
-        self._connections[engine_id] = connection
-        connection.connect(watch_loads=self._load_watcher is not None)
-        if self._mode is not None:
-            connection.call(self._mode, [])  # it was not there when the others were told
+        self._connect(member)
         self._router.join(engine_id, member.facts.max_num_seqs)
         self._router.report(engine_id, member.load, time.monotonic())
         self._outages.end(engine_id)
@@ -123,6 +120,30 @@ class Dispatcher:
         self._fail_hopeless()
         self._dispatch_held()
         self._notify_loads()
+
+    def _connect(self, member: messages.Member) -> None:
+        connection = EngineConnection(self._context, self._identity, member, self._on_message, self._on_loss)
+        self._connections[member.engine_id] = connection
+        connection.connect(watch_loads=self._load_watcher is not None)
+        if self._mode is not None:
+            connection.call(self._mode, [])  # it was not there when the others were told, or not to be reached
+
+    def _on_loss(self, connection: EngineConnection) -> None:
+        """An engine cannot be reached any more. When it is dead, whoever knows that says `leave`; else it has dropped
+        what this client had there, and what was left undone is done anew, there or elsewhere."""
+        engine_id = connection.engine_id
+        connection.drain()
+        if connection.is_for_nobody:
+            self.on_unreachable(connection.member)
+            return
+        logger.warning("the connection to engine %d was lost; its requests are sent again", engine_id)
+        connection.close(EngineError(f"the connection to engine {engine_id} was lost", engine_id=engine_id))
+        self._connect(connection.member)
+        for request in [request for request in self._requests.values() if request.engine_id == engine_id]:
+            num_open = len(request.open_choices)
+            self._router.ended(engine_id, num_open, num_open * request.weight)
+            self._move(request)
+        self._dispatch_held()
 
     async def wait_engine(self) -> None:
         """Return when an engine takes requests. Raises EngineDeadError when none will."""
