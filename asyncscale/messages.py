@@ -22,6 +22,15 @@ PROTOCOL_VERSION = 1
 # Every client hears of a change of load from the engine itself after so long at the latest, whatever else it is told.
 LOAD_INTERVAL_S = 0.05
 
+# The identity of each of a client's DEALERs is the client's id, of so many bytes, and random ones that tell this
+# connection from earlier ones: what was sent over those ended with them.
+CLIENT_ID_SIZE = 17
+CONNECTION_ID_SIZE = 8
+
+# A client says so after so many messages from an engine that it has read. One that has twice as many unread is told of
+# no change of load until it reads: the tokens of its requests are then all that is queued for it.
+READ_INTERVAL = 500
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 # The longest message that a client may send, in bytes, besides 4 for each token of the model's context: room for all of
@@ -62,7 +71,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     share: Count = 0
 
 
-# DEALER identity -> how many requests that client has here, and their weight in tokens.
+# Client id -> how many requests that client has here, and their weight in tokens.
 Shares = dict[bytes, tuple[Count, Count]]
 
 
@@ -128,11 +137,17 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
+class Read(msgspec.Struct, frozen=True, array_like=True, tag="read"):
+    """So many more messages from the engine have been read; sent every `READ_INTERVAL` of them."""
+
+    count: Count
+
+
 class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="disconnect"):
     """The client leaves: its requests are aborted and it is forgotten."""
 
 
-ToEngine = Connect | Add | Abort | Call | Disconnect
+ToEngine = Connect | Add | Abort | Call | Read | Disconnect
 
 
 # --- engine to client

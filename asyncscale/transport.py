@@ -49,6 +49,17 @@ _HANDSHAKE_MS = 5000
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT = 2, 1, 3
 _UNACKNOWLEDGED_MS = 5000
 
+# A ROUTER asks each peer so often whether it is there. The peer's I/O thread answers, also while its process computes
+# or its event loop is blocked; one that is stopped or cut off does not, and after the timeout it is as if it had died.
+_HEARTBEAT_INTERVAL_MS = 400
+_HEARTBEAT_TIMEOUT_MS = 1000
+
+# A DEALER's connection is made once: a second one would go on in the middle of what was lost with the first.
+_NO_RECONNECT_MS = 10**9
+
+# So many peers may connect at the same moment; the kernel may allow fewer.
+_BACKLOG = 4096
+
 # The longest path that fits sockaddr_un with room for the socket's own name.
 _MAX_FOLDER = 80
 
@@ -139,13 +150,15 @@ def bind_router(
     tcp: TcpBinding | None = None,
     max_unread: int = 0,
     max_bytes: int = messages.MAX_REQUEST_BYTES,
+    heartbeat: bool = False,
 ) -> zmq.Socket[bytes]:
     """A ROUTER at `address`, or over `tcp`, that raises EHOSTUNREACH when it sends to a peer that is gone, instead of
     dropping silently.
 
     max_unread: so many messages may wait for a peer; then a send raises EAGAIN. 0:
     any number. max_bytes: a peer that sends a longer frame is disconnected. (libzmq bounds no message of many frames;
-    it is the peer's memory first that those fill.)
+    it is the peer's memory first that those fill.) heartbeat: a peer that is stopped or cut off is gone, too, after
+    1.4 s; so is one that receives nothing, when it has taken all that it takes ahead of `recv`.
     """
     endpoint = address if tcp is None else tcp.endpoint
     socket = context.socket(zmq.ROUTER)
@@ -153,6 +166,10 @@ def bind_router(
     socket.setsockopt(zmq.SNDHWM, max_unread)
     socket.setsockopt(zmq.RCVHWM, _MAX_UNTAKEN)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.BACKLOG, _BACKLOG)
+    if heartbeat:
+        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_INTERVAL_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
     if tcp is not None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, tcp.keys.secret)
@@ -169,12 +186,16 @@ def published_address(socket: zmq.Socket[bytes], tcp: TcpBinding | None) -> str:
 def connect_dealer(
     context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes, *, max_unread: int = 0
 ) -> zmq.Socket[bytes]:
-    """A DEALER under the client's identity. max_unread: so many messages are taken from the peer ahead of `recv`."""
+    """A DEALER with one connection in its life: see `monitor`, and make another when it is lost.
+
+    max_unread: so many messages are taken from the peer ahead of `recv`.
+    """
     where = Address(address) if address.startswith("inproc://") else parse(address)
     socket = context.socket(zmq.DEALER)
     _common(socket, where.endpoint, messages.MAX_ANSWER_BYTES)
     socket.setsockopt(zmq.RCVHWM, max_unread)
     socket.setsockopt(zmq.IDENTITY, identity)
+    socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT_MS)
     if where.server_key is not None:
         _use_curve(socket, where.server_key)
     socket.connect(where.endpoint)
@@ -208,7 +229,10 @@ def monitor(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
 
 def connection_event(frames: list[bytes]) -> Literal["connected", "disconnected", "unreachable", "refused"]:
     """What a monitor socket tells: the handshake is done; the connection ended, perhaps before that; nobody listens; or
-    somebody does, who ended the handshake, as for a wrong key. Format: zmq_socket_monitor(3)."""
+    somebody does, who ended the handshake, as for a wrong key. Format: zmq_socket_monitor(3).
+
+    Unreachable comes after each end, too, when all that arrived before it is there to be received.
+    """
     (event,) = _EVENT.unpack_from(frames[0])
     return _EVENT_NAMES.get(event, "refused")
 

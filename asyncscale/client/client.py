@@ -63,7 +63,8 @@ class AsyncScaleClient:
     one after a tenth, one that uses CPU after ten times as long); None: never.
     max_queued_requests, max_queued_tokens: how many requests of this client, and tokens of their prompts, may wait here
     while every engine is full. Exact, and of this client alone: each has limits of its own. Beyond them `generate`
-    raises OverloadedError, and `submit` waits. None: no limit.
+    raises OverloadedError, and `submit` waits. None: no limit. Requests for one engine (`engine=`) wait there:
+    max_queued_requests of them at each. What an engine's death sends back was accepted already, and is never refused.
     host: None lets clients of this host and user attach, over sockets in a private folder. An address or a name of this
     machine ("127.0.0.1", "10.0.0.1", "::1"; "0.0.0.0" is all its interfaces) lets others attach over tcp, encrypted:
     those who have `address`, which then is a secret.

@@ -24,6 +24,9 @@ _MAX_UNREAD = 1000
 _RETRY_INTERVAL_S = 0.1
 # So many calls of methods may be under way, and so many answers wait for a client that does not read.
 _MAX_CALLS = 1024
+# That a client is gone shows when it is sent something. So long after one has come, all are. (One that is stopped costs
+# no more than one that does not read; and to ask for signs of life would end the connection of one that does not.)
+_PROBE_DELAY_S = 1.0
 
 
 @dataclass(slots=True)
@@ -62,6 +65,7 @@ class Coordinator:
         self._reports: dict[int, messages.LoadReport] = {}
         self._clients: dict[bytes, _Client] = {}
         self._publishing: asyncio.Handle | None = None
+        self._probing: asyncio.TimerHandle | None = None
         self._next_publish = 0.0
         self._calls: set[asyncio.Task[None]] = set()
         address = transport.coordinator_address(folder)
@@ -105,8 +109,9 @@ class Coordinator:
         self._clients.clear()
         for call in self._calls:
             call.cancel()
-        if self._publishing is not None:
-            self._publishing.cancel()
+        for timer in (self._publishing, self._probing):
+            if timer is not None:
+                timer.cancel()
         self._socket.close()
 
     # --- what clients are sent
@@ -155,8 +160,9 @@ class Coordinator:
             shares = {b"the owner": (load.mine, load.my_tokens)} if load.mine else {}
         else:
             load, shares = report.load, report.by_client or {}
-        mine, my_tokens = shares.get(identity, (0, 0))
-        share = messages.fair_share(self._roster[engine_id].facts.max_num_seqs, identity, shares)
+        client = identity[: messages.CLIENT_ID_SIZE]
+        mine, my_tokens = shares.get(client, (0, 0))
+        share = messages.fair_share(self._roster[engine_id].facts.max_num_seqs, client, shares)
         return msgspec.structs.replace(load, mine=mine, my_tokens=my_tokens, share=share)
 
     def _welcome(self, identity: bytes) -> messages.Welcome:
@@ -204,6 +210,14 @@ class Coordinator:
         if not self._clients:
             self._dispatcher.watch_loads(self._on_load_report)
         self._clients[identity] = _Client()
+        if self._probing is None:
+            self._probing = self._loop.call_later(_PROBE_DELAY_S, self._probe)
+
+    def _probe(self) -> None:
+        """Forget those that are gone: clients that come and go while no count changes must not add up."""
+        self._probing = None
+        for identity in list(self._clients):
+            self._send(identity, messages.Counts([]))
 
     def _call(self, identity: bytes, call: messages.CollectiveCall) -> None:
         client = self._clients.get(identity)

@@ -24,7 +24,7 @@ from asyncscale.client.outages import Outages
 from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest
 from asyncscale.client.router import Router
 from asyncscale.client.stream import RequestStream
-from asyncscale.errors import EngineDeadError, EngineError, OverloadedError, RequestAbortedError
+from asyncscale.errors import EngineDeadError, EngineError, RequestAbortedError
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +61,20 @@ class Dispatcher:
         self._choices: dict[int, ChoiceStream] = {}  # by wire id
         self._requests: dict[str, RequestStream] = {}  # live ones, by their caller's id
         self._held = HoldQueue()
-        self._admission = Admission(self._held, limits.max_queued_requests, limits.max_queued_tokens)
+        self._admission = Admission(
+            self._held, limits.max_queued_requests, limits.max_queued_tokens, self._num_waiting_at
+        )
         self._dispatching: asyncio.Handle | None = None
         self._next_wire_id = 0
         self._mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._load_waiters: set[asyncio.Future[None]] = set()
         self._mode: str | None = None  # the newest of _MODES that the engines were called to
         self._outages = Outages(limits.restart_timeout, self._on_outage_over)
-        self._stranded: dict[int, list[RequestStream]] = {}  # pinned to an engine that will return
+        self._stranded: dict[int, dict[RequestStream, None]] = {}  # pinned to an engine that will return, in order
         self._deaths: dict[int, EngineDeadError] = {}  # of engines that are not back
         self.last_death: EngineDeadError | None = None
         self.num_malformed = 0  # messages of engines that were dropped because they made no sense
+        self.on_unreachable: Callable[[messages.Member], None] = lambda member: None  # it is dead, and nobody said so
 
     # --- engines
 
@@ -85,11 +88,7 @@ class Dispatcher:
         engine_id = member.engine_id
         if engine_id in self._connections:
             return
-        connection = EngineConnection(self._context, self._identity, member, self._on_message)
-        self._connections[engine_id] = connection
-        connection.connect(watch_loads=self._load_watcher is not None)
-        if self._mode is not None:
-            connection.call(self._mode, [])  # it was not there when the others were told
+        self._connect(member)
         self._router.join(engine_id, member.facts.max_num_seqs)
         self._router.report(engine_id, member.load, time.monotonic())
         self._outages.end(engine_id)
@@ -123,6 +122,30 @@ class Dispatcher:
         self._fail_hopeless()
         self._dispatch_held()
         self._notify_loads()
+
+    def _connect(self, member: messages.Member) -> None:
+        connection = EngineConnection(self._context, self._identity, member, self._on_message, self._on_loss)
+        self._connections[member.engine_id] = connection
+        connection.connect(watch_loads=self._load_watcher is not None)
+        if self._mode is not None:
+            connection.call(self._mode, [])  # it was not there when the others were told, or not to be reached
+
+    def _on_loss(self, connection: EngineConnection) -> None:
+        """An engine cannot be reached any more. When it is dead, whoever knows that says `leave`; else it has dropped
+        what this client had there, and what was left undone is done anew, there or elsewhere."""
+        engine_id = connection.engine_id
+        connection.drain()
+        if connection.is_for_nobody:
+            self.on_unreachable(connection.member)
+            return
+        logger.warning("the connection to engine %d was lost; its requests are sent again", engine_id)
+        connection.close(EngineError(f"the connection to engine {engine_id} was lost", engine_id=engine_id))
+        self._connect(connection.member)
+        for request in [request for request in self._requests.values() if request.engine_id == engine_id]:
+            num_open = len(request.open_choices)
+            self._router.ended(engine_id, num_open, num_open * request.weight)
+            self._move(request)
+        self._dispatch_held()
 
     async def wait_engine(self) -> None:
         """Return when an engine takes requests. Raises EngineDeadError when none will."""
@@ -167,7 +190,7 @@ class Dispatcher:
         if engine_id in self._connections:
             self._send(request, engine_id, self._router.scores(time.monotonic()))
         else:
-            self._stranded.setdefault(engine_id, []).append(request)
+            self._stranded.setdefault(engine_id, {})[request] = None
 
     def _check_hope(self, pinned_engine: int | None) -> None:
         """Raises the EngineDeadError of those engines that could have served a request, when none does or will."""
@@ -186,6 +209,10 @@ class Dispatcher:
         for engine_id in [engine_id for engine_id in self._stranded if not self._can_return(engine_id)]:
             for request in self._stranded.pop(engine_id):
                 request.fail(self._deaths[engine_id])
+        for request in self._admission.waiting:
+            engine = request.pinned_engine
+            if engine is not None and not self._can_return(engine):
+                request.fail(self._deaths[engine])
         if not self._connections and not self._outages and self.last_death is not None:
             for request in list(self._requests.values()):
                 request.fail(self.last_death)
@@ -273,16 +300,14 @@ class Dispatcher:
         admission = self._admission
         if not admission.is_limited:
             return
-        if pinned_engine is None:
-            if not self._has_room():
-                admission.check(num_tokens)
-        elif admission.max_requests is not None:
-            excess = self._router.excess(pinned_engine)
-            if excess >= admission.max_requests:
-                raise OverloadedError(
-                    f"{excess} requests of this client wait at engine {pinned_engine}: "
-                    f"max_queued_requests is {admission.max_requests}"
-                )
+        if admission:
+            self._dispatch_held()  # what became free in this very tick is for those who wait
+        if pinned_engine is not None or not self._has_room():
+            admission.check(pinned_engine, num_tokens)
+
+    def _num_waiting_at(self, engine_id: int) -> int:
+        """This client's requests that wait for a slot of this engine alone, or for it to return."""
+        return self._router.excess(engine_id) + len(self._stranded.get(engine_id, ()))
 
     def submit(self, request: RequestStream) -> None:
         """Send the request now, or hold it until an engine has a free slot.
@@ -322,7 +347,7 @@ class Dispatcher:
 
     def refuse_waiting(self, error: Exception) -> None:
         """End those that wait for a place."""
-        for request in self._admission.line:
+        for request in self._admission.waiting:
             self.abort(request, error)
 
     def _has_room(self) -> bool:
@@ -345,7 +370,11 @@ class Dispatcher:
             self._mean_output_tokens += _MEAN_OUTPUT_WEIGHT * (num_tokens - self._mean_output_tokens)
         self._requests.pop(request.request_id, None)
         self._held.discard(request)
+        if request.pinned_engine is not None:
+            self._stranded.get(request.pinned_engine, {}).pop(request, None)
         self._admission.leave(request)
+        if self._admission:
+            self._dispatch_held_soon()  # its place is free
         for choice in request.choices:
             self._choices.pop(choice.wire_id, None)
 

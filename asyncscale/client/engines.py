@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.loop_socket import LoopSocket
+from asyncscale.client.loss_monitor import GRACE_S
 from asyncscale.client.roster import Roster
 from asyncscale.client.supervisor import Launch, Supervisor
 from asyncscale.config import ModelSource
@@ -135,21 +137,29 @@ class AttachedEngines:
         self._loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[messages.Welcome] = self._loop.create_future()
         self.roster = Roster(dispatcher)
+        dispatcher.on_unreachable = self._on_unreachable
         self._calls: dict[int, asyncio.Future[list[messages.EngineResult]]] = {}
         self._ended: AsyncScaleError | None = None  # why there will be no more answers
         self._call_ids = itertools.count()
         if not transport.is_listening(address):
             raise self._nobody()
-        socket = transport.connect_dealer(context, address, identity, max_unread=_MAX_UNREAD)
+        self._context = context
+        self._client_id = identity
+        self._num_malformed = 0
+        self._loss: asyncio.TimerHandle | None = None
+        self._connect()
+
+    def _connect(self) -> None:
+        identity = self._client_id + os.urandom(messages.CONNECTION_ID_SIZE)
+        socket = transport.connect_dealer(self._context, self.address, identity, max_unread=_MAX_UNREAD)
         self._let_in = False
         self._stop_monitor = socket.disable_monitor
         self._monitor = LoopSocket(self._loop, transport.monitor(socket), self._on_connection_event)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
-        self._num_malformed = 0
+        self._send(messages.Attach(messages.PROTOCOL_VERSION))
 
     async def start(self) -> None:
         """Learn members and counts, in one round trip. Raises AsyncScaleError when nobody answers at the address."""
-        self._send(messages.Attach(messages.PROTOCOL_VERSION))
         try:
             async with asyncio.timeout(_ATTACH_TIMEOUT_S):
                 welcome = await self._welcome
@@ -182,9 +192,14 @@ class AttachedEngines:
         """Leave."""
         self._end(ClientClosedError("the client was closed"))
         self._send(messages.Detach())
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._loss is not None:
+            self._loss.cancel()
         self._stop_monitor()
-        self._socket.close()
         self._monitor.close()
+        self._socket.close()
 
     def abandon(self) -> None:
         """Nothing: engines and owner notice that a client is gone."""
@@ -231,7 +246,11 @@ class AttachedEngines:
         match transport.connection_event(frames):
             case "connected":
                 self._let_in = True
-            case "disconnected" if self._let_in:  # an owner that is killed says no farewell
+            case "unreachable" if self._let_in:
+                self._loss = self._loop.call_later(GRACE_S, self._on_loss)
+            case "disconnected" if self._let_in:
+                pass  # "unreachable" follows what has arrived before
+            case "refused" | "disconnected" | "unreachable" if self._welcome.done():
                 self._owner_left("its owner died")
             case "refused" | "disconnected":
                 self._end(
@@ -240,11 +259,30 @@ class AttachedEngines:
                         "is the address whole, with its key, and that of an owner that still runs?"
                     )
                 )
-            case "unreachable" if not self._welcome.done():
+            case "unreachable":
                 self._end(self._nobody())
 
     def _nobody(self) -> AsyncScaleError:
         return AsyncScaleError(f"nobody is at {shown(self.address)!r}: is the owner closed, or on another host?")
+
+    def _on_loss(self) -> None:
+        """The owner was killed, and could say no farewell; or a network broke, and this client is welcomed anew."""
+        self._socket.drain()
+        if self._ended is not None:
+            return
+        if not transport.is_listening(self.address):
+            self._owner_left("its owner died")
+            return
+        self._disconnect()
+        self._fail_calls(AsyncScaleError("the connection to the owner was lost before it answered"))
+        self._connect()
+
+    def _on_unreachable(self, member: messages.Member) -> None:
+        """An engine is dead. Its owner may know more, unless it is dead as well or its event loop is blocked."""
+        self._socket.drain()
+        engine_id, incarnation = member.engine_id, member.incarnation
+        if engine_id in self.roster and self.roster[engine_id].incarnation == incarnation:
+            self.roster.leave(messages.Left(engine_id, incarnation, f"engine {engine_id} died", None, returns=True))
 
     def _owner_left(self, reason: str) -> None:
         self.roster.leave_all(reason)
@@ -255,6 +293,9 @@ class AttachedEngines:
         self._ended = self._ended or error
         if not self._welcome.done():
             self._welcome.set_exception(error)
+        self._fail_calls(error)
+
+    def _fail_calls(self, error: AsyncScaleError) -> None:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)

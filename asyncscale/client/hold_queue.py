@@ -39,6 +39,9 @@ class HoldQueue:
             return
         self._held.discard(request)
         self.num_tokens -= len(request.prompt_token_ids)
+        if not self._held:
+            self._heap.clear()  # an idle client keeps no request alive
+            return
         num_ended = len(self._heap) - len(self._held)
         if num_ended > max(_MAX_ENDED, len(self._held)):
             self._heap = [entry for entry in self._heap if entry[2] in self._held]

@@ -56,7 +56,10 @@ class Roster:
         return self._members[engine_id]
 
     def join(self, member: messages.Member) -> None:
-        """An engine takes requests from now on."""
+        """An engine takes requests from now on. Not one that was found dead here before its owner saw it."""
+        left = self._left.get(member.engine_id)
+        if left is not None and left.incarnation >= member.incarnation:
+            return
         self._members[member.engine_id] = member
         self._left.pop(member.engine_id, None)
         self._dispatcher.join(member)

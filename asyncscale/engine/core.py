@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import msgspec
@@ -69,6 +69,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to hand out."""
         return (bool(self._clients) and not self._paused) or len(self._outbox) > 0
+
+    @property
+    def clients(self) -> Collection[bytes]:
+        """Who has requests here."""
+        return self._clients.keys()
 
     @property
     def accepting(self) -> bool:

@@ -59,6 +59,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             spec.address,
             tcp=spec.tcp,
             max_bytes=messages.MAX_REQUEST_BYTES + 4 * runner.max_model_len,
+            heartbeat=True,
         )
         progress = Progress(spec.progress_path)
         runner.tick = progress.tick

@@ -7,6 +7,7 @@ the few that need or complete a block, prefill, enter or leave.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -44,9 +45,9 @@ class Scheduler:
 
     A request is admitted when there is a row for it, budget for its first token, and blocks for all its known tokens,
     which it takes at once: a prefill never runs out of blocks half-way. Decoding rows take a block as they need it.
-    When there is none, the running request of the worst rank is preempted: it gives up its blocks and is computed anew
-    later. To admit a request, only requests of a strictly worse priority are preempted, so that no two displace each
-    other in turn.
+    When there is none, a running request is preempted: of the worst priority, and there of the client that has the most,
+    the last to arrive. It gives up its blocks and is computed anew later. To admit a request, only requests of a strictly
+    worse priority are preempted, so that no two displace each other in turn.
 
     The caller runs `schedule`, executes the batch, and hands the result to `advance`.
     """
@@ -65,7 +66,6 @@ class Scheduler:
         self._decoding = np.zeros(config.max_num_seqs, np.bool_)
         self._rows: Int32 | None = None  # those that decode, until they change
         self._priority = np.full(config.max_num_seqs, _NO_PRIORITY, np.int64)
-        self._order = np.zeros(config.max_num_seqs, np.int64)
         self._num_cached_blocks: Int32 = np.zeros(config.max_num_seqs, np.int32)
         self._ones: Int32 = np.ones(config.max_num_seqs, np.int32)
 
@@ -253,8 +253,12 @@ class Scheduler:
         return blocks
 
     def _worst_running(self) -> Request:
-        rows = np.flatnonzero(self._priority == self._priority.max())
-        return self.request_at(int(rows[self._order[rows].argmax()]))
+        # By client before arrival, or a flood that came first would take the blocks of those who come later. The oldest
+        # of a class is its worst only when it is alone: so some request always goes on to its end.
+        rows = np.flatnonzero(self._priority == self._priority.max()).tolist()
+        requests = [self.request_at(row) for row in rows]
+        num_running = Counter(request.client for request in requests)
+        return max(requests, key=lambda request: (num_running[request.client], request.order))
 
     def _occupy(self, request: Request, cached: list[int], now: float) -> None:
         table, num_tokens = self.table, len(request.token_ids)
@@ -270,7 +274,7 @@ class Scheduler:
         table.num_blocks[row] = len(blocks)
         self._num_cached_blocks[row] = len(cached)
         self._requests[row] = request
-        self._priority[row], self._order[row] = request.rank
+        self._priority[row] = request.priority
         self._prefilling.append(request)
         if request.scheduled_at is None:
             request.scheduled_at = now

@@ -22,14 +22,28 @@ _WATCH_INTERVAL_S = 0.0005  # times the number of engines
 # clients in turn.
 _BURST = 1024
 
+# That a client is gone shows when it is sent something; so whoever has requests here is, at least so often.
+_PROBE_INTERVAL_S = 0.4
+_MAX_UNREAD = 2 * messages.READ_INTERVAL
+
 
 @dataclass(slots=True)
 class _Peer:
-    """A client that said Connect. told_version: of the newest load that it was sent."""
+    """A client that said Connect.
+
+    told_version: of the newest load that it was sent. num_unread: messages that it was sent, less those of which it
+    said that they are read.
+    """
 
     watches_loads: bool
     told_version: int = -1
     next_report: float = 0.0
+    num_unread: int = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether there is a point in telling it the load."""
+        return self.num_unread < _MAX_UNREAD
 
 
 class EngineServer:
@@ -48,6 +62,8 @@ class EngineServer:
         self._watch_interval = _WATCH_INTERVAL_S * num_engines
         self._told_version = core.load_version  # which every peer knows
         self._next_report = math.inf  # when those who do not know the newest load may be told
+        self._next_probe = math.inf
+        self._has_newcomers = False  # since the last probe
         self.num_malformed = 0
 
     def run(self) -> None:
@@ -61,6 +77,7 @@ class EngineServer:
                 self._send_outputs()  # those of the step before, if this one computed nothing
                 self._outputs = outputs
             self._settle()
+            self._probe_in_time()
             while self._gone:  # their requests end, and the others must hear of that
                 self._forget(self._gone.pop())
                 self._settle()
@@ -88,10 +105,11 @@ class EngineServer:
                 self._handle(frames[0], message)
 
     def _idle_ms(self) -> int | None:
-        """How long to sleep while nothing arrives: for ever, or until somebody is to be told the load."""
-        if self._next_report == math.inf:
+        """How long to sleep while nothing arrives: for ever, or until somebody is to be told something."""
+        wakeup = min(self._next_report, self._next_probe)
+        if wakeup == math.inf:
             return None
-        return max(0, math.ceil(1000 * (self._next_report - time.monotonic())))
+        return max(0, math.ceil(1000 * (wakeup - time.monotonic())))
 
     def _handle(self, client: bytes, message: messages.ToEngine) -> None:
         match message:
@@ -105,6 +123,8 @@ class EngineServer:
                 if self._core.accepting != accepting:
                     self._report_at_once()  # whoever knows the answer knows that, too
                 self._send(client, result)
+            case messages.Read(count):
+                self._on_read(client, count)
             case messages.Connect(version, watches_loads):
                 self._connect(client, version, watches_loads)
             case messages.Disconnect():
@@ -114,9 +134,17 @@ class EngineServer:
         if version != messages.PROTOCOL_VERSION:
             self.num_malformed += 1
             return
-        self._peers[client] = _Peer(watches_loads)
+        known = self._peers.get(client)
+        self._peers[client] = _Peer(watches_loads, num_unread=known.num_unread if known else 0)
+        self._has_newcomers = True
         self._told_version = -1
         self._report_load()
+
+    def _on_read(self, client: bytes, count: int) -> None:
+        peer = self._peers.get(client)
+        if peer is not None:
+            peer.num_unread = max(0, peer.num_unread - max(0, count))
+            self._told_version = -1  # perhaps it was not told for a while
 
     def _call(self, call: messages.Call) -> messages.CallResult:
         method = self._methods.get(call.method)
@@ -143,8 +171,9 @@ class EngineServer:
             peer = self._peers.get(client)
             if peer is not None:
                 peer.told_version = max(peer.told_version, outputs.load.version)
-                if peer.watches_loads and outputs.load.version == self._core.load_version:  # else the shares are newer
-                    outputs = msgspec.structs.replace(outputs, by_client=self._core.by_client())
+                is_newest = outputs.load.version == self._core.load_version  # else the shares are newer
+                if peer.watches_loads and peer.reads and is_newest:
+                    outputs = msgspec.structs.replace(outputs, by_client=self._shares())
             self._send(client, outputs)
         if len(self._peers) > 1:
             self._report_load()
@@ -157,15 +186,14 @@ class EngineServer:
         now = time.monotonic()
         self._next_report = math.inf
         for client, peer in list(self._peers.items()):
-            if peer.told_version == version:
+            if peer.told_version == version or not peer.reads:
                 continue
             if now < peer.next_report:
                 self._next_report = min(self._next_report, peer.next_report)
                 continue
             peer.told_version = version
             peer.next_report = now + (self._watch_interval if peer.watches_loads else messages.LOAD_INTERVAL_S)
-            by_client = self._core.by_client() if peer.watches_loads else None
-            self._send(client, messages.LoadReport(self._core.load(client), by_client))
+            self._send_load(client, peer)
         if self._next_report == math.inf:
             self._told_version = version
 
@@ -174,6 +202,35 @@ class EngineServer:
             peer.next_report = 0.0
         self._report_load()
 
+    def _probe_in_time(self) -> None:
+        """Find clients that are gone though there is nothing to tell them, as when their requests wait for others.
+
+        An engine without requests finds them when the next client comes.
+        """
+        now = time.monotonic()
+        if self._next_probe <= now:
+            self._next_probe = math.inf
+            for client in {*self._core.clients, *(self._peers if self._has_newcomers else ())}:
+                self._send_load(client, self._peers.get(client))
+            self._has_newcomers = False
+        if not self._core.clients and not self._has_newcomers:
+            self._next_probe = math.inf
+        elif self._next_probe == math.inf:
+            self._next_probe = now + _PROBE_INTERVAL_S
+
+    def _shares(self) -> messages.Shares:
+        """Everybody's share. What a client's earlier connection left behind, and is about to end, is among it."""
+        shares: messages.Shares = {}
+        for identity, (count, tokens) in self._core.by_client().items():
+            client = identity[: messages.CLIENT_ID_SIZE]
+            others, other_tokens = shares.get(client, (0, 0))
+            shares[client] = (count + others, tokens + other_tokens)
+        return shares
+
+    def _send_load(self, client: bytes, peer: _Peer | None) -> None:
+        watches = peer is not None and peer.watches_loads and peer.reads
+        self._send(client, messages.LoadReport(self._core.load(client), self._shares() if watches else None))
+
     def _send(self, client: bytes, message: messages.FromEngine) -> None:
         try:
             transport.send(self._socket, client, messages.encoder.encode(message))
@@ -181,6 +238,10 @@ class EngineServer:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             self._gone.add(client)  # not forgotten at once: a step may be under way with its requests
+            return
+        peer = self._peers.get(client)
+        if peer is not None:
+            peer.num_unread += 1
 
     def _forget(self, client: bytes) -> None:
         self._peers.pop(client, None)

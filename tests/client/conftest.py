@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket as socket_module
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from asyncscale import SimulatedModel, messages, transport
 from asyncscale.client.coordinator import Coordinator
@@ -39,6 +42,8 @@ class FakeEngine:
         address = f"ipc://{folder}/engine-{engine_id}"
         self.member = messages.Member(engine_id, 0, address, FACTS, self.load)
         socket = transport.bind_router(context, address)
+        self._router = socket
+        self._comings_and_goings = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._socket = LoopSocket(asyncio.get_running_loop(), socket, self._on_frames)
 
     def calls(self) -> list[tuple[str, Any]]:
@@ -54,19 +59,41 @@ class FakeEngine:
         return [
             message.watch_loads
             for sender, message in self.received
-            if sender == OWNER and isinstance(message, messages.Connect)
+            if sender.startswith(OWNER) and isinstance(message, messages.Connect)
         ]
+
+    @property
+    def owner(self) -> bytes:
+        """The owner's newest connection."""
+        return [sender for sender, _ in self.received if sender.startswith(OWNER)][-1]
 
     def tell_owner(self, by_client: messages.Shares | None = None, **changes: Any) -> None:
         """Report a newer load, to the owner only."""
         fields = {name: getattr(self.load, name) for name in messages.Load.__struct_fields__}
         self.load = messages.Load(**{**fields, "version": self.load.version + 1, **changes})
-        self.send(OWNER, messages.LoadReport(self.load, by_client))
+        self.send(self.owner, messages.LoadReport(self.load, by_client))
 
     def send(self, client: bytes, message: messages.FromEngine) -> None:
         self._socket.send(client, messages.encoder.encode(message))
 
+    def cut(self) -> None:
+        """End every connection that there is, as a network that breaks does; the engine goes on."""
+        descriptors: set[int] = set()
+        while self._comings_and_goings.poll(0):
+            event = recv_monitor_message(self._comings_and_goings)
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                descriptors.add(event["value"])
+            else:
+                descriptors.discard(event["value"])
+        for descriptor in descriptors:
+            with socket_module.socket(fileno=os.dup(descriptor)) as end:
+                end.shutdown(socket_module.SHUT_RDWR)
+
     def close(self) -> None:
+        if self._router.closed:
+            return
+        self._router.disable_monitor()
+        self._comings_and_goings.close(linger=0)
         self._socket.close()
 
     def _on_frames(self, frames: list[bytes]) -> None:

@@ -21,18 +21,19 @@ MAX_REQUESTS, MAX_TOKENS = 4, 100
 class Request:
     """As much of a request as the queues look at."""
 
-    def __init__(self, order: int, priority: int = 0, num_tokens: int = 10) -> None:
+    def __init__(self, order: int, priority: int = 0, num_tokens: int = 10, engine: int | None = None) -> None:
         self.order = order
         self.priority = priority
         self.prompt_token_ids = [0] * num_tokens
+        self.pinned_engine = engine
 
     @property
     def rank(self) -> tuple[int, int]:
         return self.priority, self.order
 
 
-def stream(order: int, priority: int = 0, num_tokens: int = 10) -> RequestStream:
-    return cast("RequestStream", Request(order, priority, num_tokens))
+def stream(order: int, priority: int = 0, num_tokens: int = 10, engine: int | None = None) -> RequestStream:
+    return cast("RequestStream", Request(order, priority, num_tokens, engine))
 
 
 class AdmissionMachine(RuleBasedStateMachine):
@@ -40,7 +41,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.queue = HoldQueue()
-        self.admission = Admission(self.queue, MAX_REQUESTS, MAX_TOKENS)
+        self.admission = Admission(self.queue, MAX_REQUESTS, MAX_TOKENS, lambda engine: 0)
         self.held: list[RequestStream] = []
         self.line: list[RequestStream] = []
         self.futures: dict[RequestStream, asyncio.Future[None]] = {}
@@ -58,12 +59,12 @@ class AdmissionMachine(RuleBasedStateMachine):
     def generate(self, priority: int, num_tokens: int) -> None:
         request = self.make(priority, num_tokens)
         if self.fits(request) and not self.line:
-            self.admission.check(num_tokens)
+            self.admission.check(None, num_tokens)
             self.queue.push(request)
             self.held.append(request)
         else:
             with pytest.raises(OverloadedError):
-                self.admission.check(num_tokens)
+                self.admission.check(None, num_tokens)
 
     @rule(priority=st.integers(-1, 1), num_tokens=st.integers(1, 60))
     def submit(self, priority: int, num_tokens: int) -> None:
@@ -148,6 +149,27 @@ def test_ended_requests_deep_in_the_queue_take_no_memory() -> None:
 
 
 def test_without_limits_nothing_is_refused() -> None:
-    admission = Admission(HoldQueue(), None, None)
+    admission = Admission(HoldQueue(), None, None, lambda engine: 10**9)
     assert not admission.is_limited
-    admission.check(10**9)
+    admission.check(None, 10**9)
+    admission.check(0, 10**9)
+
+
+async def test_who_waits_for_one_engine_does_not_hold_up_the_others() -> None:
+    waiting_at = {0: 2, 1: 2}
+    admission = Admission(HoldQueue(), 2, None, waiting_at.__getitem__)
+    pinned = [stream(order, engine=order % 2) for order in range(4)]
+    futures = [admission.wait(request) for request in pinned]
+    assert admission.next(has_room=True) is None
+    for engine in (0, 1):
+        with pytest.raises(OverloadedError, match="2 requests of this client wait for a place"):
+            admission.check(engine, 1)
+    admission.check(None, 1)
+    waiting_at[1] = 1
+    assert admission.next(has_room=False) is pinned[1]
+    assert [future.done() for future in futures] == [False, True, False, False]
+    anywhere = stream(9)
+    admission.wait(anywhere)
+    waiting_at[1] = 2
+    assert admission.next(has_room=True) is anywhere
+    assert admission.waiting == [pinned[0], pinned[2], pinned[3]]

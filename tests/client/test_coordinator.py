@@ -194,6 +194,23 @@ async def test_a_client_that_vanished_is_forgotten_with_the_next_change(make_fle
     await fleet.until(lambda: fleet.engines[0].connects() == [False, True, False])
 
 
+async def test_clients_that_come_and_vanish_while_no_count_changes_do_not_add_up(
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "_PROBE_DELAY_S", 0.01)
+    fleet = await make_fleet(1)
+    stays, _ = await fleet.attach()
+    for _ in range(30):
+        gone, _ = await fleet.attach()
+        gone.socket.close(linger=0)
+    last, _ = await fleet.attach()
+    await fleet.until(lambda: fleet.coordinator._probing is None)
+    await fleet.attach()  # one may have vanished between a probe and its closing
+    await fleet.until(lambda: fleet.coordinator._probing is None)
+    assert {stays.identity, last.identity} <= set(fleet.coordinator._clients)
+    assert len(fleet.coordinator._clients) <= 3
+
+
 # --- who does not read
 
 

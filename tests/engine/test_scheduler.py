@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-A = b"a"
+A, B = b"a", b"b"
 
 
 def prompt(length: int, start: int = 0) -> list[int]:
@@ -108,6 +108,33 @@ def test_when_blocks_run_out_the_worst_priority_is_preempted_although_it_came_fi
     engine.add(1, prompt(8, 50), priority=0, max_tokens=24, **endless)
     engine.run()
     assert [engine.finished(request_id).num_preemptions for request_id in range(2)] == [1, 0]
+
+
+def test_when_blocks_run_out_the_client_with_the_most_running_gives_up_its_latest(make_engine, endless):
+    engine = make_engine(num_kv_blocks=12, enable_prefix_caching=False)
+    for request_id in range(2):
+        engine.add(request_id, prompt(12), max_tokens=30, **endless)
+    engine.add(0, prompt(12), client=B, max_tokens=30, **endless)
+    engine.step()
+    while engine.core.load(A).waiting == 0:
+        engine.step()
+    assert {key for key, _ in engine.runner.batches[-1]} == {(A, 0), (B, 0)}
+    engine.run()
+
+
+def test_a_flood_that_came_first_does_not_take_the_blocks_of_who_comes_later(make_engine, endless):
+    """Blocks for four requests, and rows for sixteen: one is preempted every few steps."""
+    engine = make_engine(num_kv_blocks=44, max_num_seqs=16, enable_prefix_caching=False)
+    for request_id in range(300):
+        engine.add(request_id, prompt(4), max_tokens=40, **endless)
+    for _ in range(30):
+        engine.step()
+    for request_id in range(20):
+        engine.add(request_id, prompt(4, 100), client=B, max_tokens=40, **endless)
+    while any(engine.received[B, request_id].finished is None for request_id in range(20)):
+        engine.step()
+    flood_done = sum(engine.received[A, request_id].finished is not None for request_id in range(300))
+    assert flood_done <= 40
 
 
 def test_a_preempted_request_computes_only_what_the_prefix_cache_lost(make_engine, endless):

@@ -57,12 +57,17 @@ class Rig:
         self._context.destroy(linger=0)
 
     def join(self, name: bytes, watch_loads: bool = False) -> None:
-        """A client connects, and is told the load."""
+        """A client connects, and is told the load; a moment later everybody is, to see who is still there."""
         self._sockets[name] = transport.connect_dealer(self._context, ADDRESS, name)
         self.send(name, messages.Connect(VERSION, watch_loads))
         self.server.turn()
         (report,) = self.received(name)
         assert isinstance(report, messages.LoadReport)
+        self.now += server_module._PROBE_INTERVAL_S
+        self.server.turn()
+        for known in self._sockets:
+            if known:
+                self.received(known)
 
     def vanish(self, name: bytes) -> None:
         """A client is gone without a word, and the server's socket has noticed."""
@@ -238,7 +243,6 @@ def test_requests_of_a_client_that_vanished_end_with_its_next_tokens(rig: Rig) -
     rig.add(b"gone", 1)
     rig.server.turn(2)
     rig.vanish(b"gone")
-    rig.now += 1
     rig.server.turn(2)
     assert not rig.core.has_work
     settle(rig)
@@ -263,3 +267,111 @@ def test_others_hear_that_a_vanished_clients_request_is_gone_though_nothing_else
     settle(rig)
     load = rig.newest(b"a")
     assert (load.running, load.waiting, load.mine) == (0, 0, 0)
+
+
+def test_a_client_that_vanished_while_its_requests_only_wait_is_forgotten_though_nothing_happens(rig: Rig) -> None:
+    rig.join(b"gone")
+    rig.core.pause()
+    rig.add(b"gone", 1)
+    rig.server.turn()
+    rig.vanish(b"gone")
+    assert rig.server._idle_ms() == 1000 * server_module._PROBE_INTERVAL_S
+    rig.now += server_module._PROBE_INTERVAL_S
+    rig.server.turn()
+    assert not rig.core.clients
+    assert not rig.server._peers
+    settle(rig)
+
+
+def test_clients_that_come_and_vanish_without_a_request_do_not_add_up(rig: Rig) -> None:
+    rig.join(b"stays")
+    for number in range(50):
+        rig.join(b"gone-%d" % number)
+        rig.vanish(b"gone-%d" % number)
+    rig.join(b"last")
+    assert sorted(rig.server._peers) == [b"last", b"stays"]
+    assert rig.server._idle_ms() is None
+
+
+# --- clients that do not read
+
+
+def fall_behind(rig: Rig, name: bytes) -> int:
+    """Change the load, by a paused client's arrivals, many times more often than an unread client is told of.
+
+    Returns how many messages were queued for `name`.
+    """
+    rig.core.pause()
+    for request_id in range(3 * messages.READ_INTERVAL):
+        rig.add(b"busy", request_id)
+        rig.server.turn()
+        rig.now += messages.LOAD_INTERVAL_S
+        rig.received(b"busy")
+        rig.send(b"busy", messages.Read(10))
+    return len(rig.received(name))
+
+
+@pytest.mark.parametrize("watches", [False, True])
+def test_a_client_that_does_not_read_is_told_so_much_and_the_newest_load_when_it_reads(rig: Rig, watches: bool) -> None:
+    rig.join(b"behind", watch_loads=watches)
+    rig.join(b"busy")
+    behind = fall_behind(rig, b"behind")
+    assert behind <= 2 * messages.READ_INTERVAL
+    rig.send(b"behind", messages.Read(messages.READ_INTERVAL))
+    rig.server.turn()
+    (report,) = rig.received(b"behind")
+    assert isinstance(report, messages.LoadReport)
+    assert report.load.waiting == 3 * messages.READ_INTERVAL
+    assert (report.by_client is not None) == watches
+
+
+def test_tokens_of_a_client_that_does_not_read_wait_for_it_without_the_others_shares(rig: Rig) -> None:
+    rig.join(b"behind", watch_loads=True)
+    rig.server._peers[b"behind"].num_unread = 2 * messages.READ_INTERVAL
+    rig.add(b"behind", 1, max_tokens=20)
+    rig.server.turn(20)
+    told = rig.received(b"behind")
+    assert [len(outputs.token_ids) for outputs in told if isinstance(outputs, messages.Outputs)] == [1] * 20
+    assert not [message for message in told if message.by_client is not None]  # type: ignore[union-attr]
+
+
+def test_connecting_again_does_not_make_a_client_one_that_reads(rig: Rig) -> None:
+    rig.join(b"behind")
+    rig.server._peers[b"behind"].num_unread = 2 * messages.READ_INTERVAL
+    for _ in range(10):
+        rig.send(b"behind", messages.Connect(VERSION, watch_loads=True))
+        rig.server.turn()
+    assert not rig.received(b"behind")
+    rig.send(b"behind", messages.Read(-(2**63)))
+    rig.send(b"behind", messages.Read(1))
+    rig.server.turn()
+    assert len(rig.received(b"behind")) == 1
+
+
+def test_a_client_that_reads_gets_one_message_per_step_whether_another_reads_or_not(rig: Rig) -> None:
+    rig.join(b"behind", watch_loads=True)
+    rig.join(b"a")
+    rig.server._peers[b"behind"].num_unread = 2 * messages.READ_INTERVAL - 10
+    rig.add(b"behind", 1, max_tokens=100)
+    rig.add(b"a", 1, max_tokens=100)
+    for _ in range(100):
+        rig.server.turn()
+        (outputs,) = [message for message in rig.received(b"a") if isinstance(message, messages.Outputs)]
+        assert outputs.request_ids == [1]
+        rig.send(b"a", messages.Read(1))
+
+
+# --- shares
+
+
+def test_what_a_client_has_over_several_connections_is_its_share(rig: Rig) -> None:
+    client = b"c" * messages.CLIENT_ID_SIZE
+    rig.join(b"watcher", watch_loads=True)
+    for life in (b"1", b"2"):
+        rig.join(client + life)
+        rig.add(client + life, 1)
+    rig.now += 1
+    rig.server.turn()
+    (*_, report) = rig.received(b"watcher")
+    assert isinstance(report, messages.LoadReport)
+    assert report.by_client == {client: (2, 14)}

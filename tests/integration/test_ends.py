@@ -42,16 +42,18 @@ async def main():
 """.replace("{asyncio, uvloop}", "dict(asyncio=asyncio, uvloop=uvloop)")
 FRONT_ENDS = """
 async def stream(client, index):
-    while True:
-        await client.generate("x", max_tokens=8000, ignore_eos=True)
-async def main():
-    async with AsyncScaleClient(FAST, num_engines=2) as client:
-        running = asyncio.ensure_future(run_frontends(stream, 2, client.address))
+    generation = client.generate("x", max_tokens=8000, ignore_eos=True)
+    if index == 0:
         async for loads in client.watch_loads():
             if sum(load.running for load in loads) == 2:
+                print("ready", flush=True)
                 break
-        print("ready", flush=True)
-        await running
+    while True:
+        await generation
+        generation = client.generate("x", max_tokens=8000, ignore_eos=True)
+async def main():
+    async with AsyncScaleClient(FAST, num_engines=2) as client:
+        await run_frontends(stream, 2, client.address)
 asyncio.run(main())
 """
 CLOSING = """

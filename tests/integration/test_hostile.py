@@ -319,7 +319,8 @@ async def test_a_peer_under_the_identity_of_a_live_client_changes_nothing(
         live = other.generate("live", max_tokens=2000, ignore_eos=True)
         tokens = aiter(live)
         await anext(tokens)  # an identity is a secret of whoever connects with it first
-        double = connect(peer, other._identity)
+        engine_connection = other._dispatcher._connections[0]
+        double = connect(peer, other._identity if peer == "coordinator" else engine_connection.identity)
         for _ in range(10):
             double.send(messages.encoder.encode(messages.Disconnect() if peer != "coordinator" else messages.Detach()))
         await asyncio.to_thread(double.poll, 200)

@@ -169,6 +169,7 @@ async def test_a_submit_that_is_cancelled_when_it_gets_its_place_passes_it_on(sm
     await asyncio.sleep(0)
     held[0].abort()
     small._dispatcher._dispatch_held()  # its place is given away in this very tick
+    assert len(small._dispatcher._admission) == 1
     cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cancelled
@@ -176,6 +177,39 @@ async def test_a_submit_that_is_cancelled_when_it_gets_its_place_passes_it_on(sm
     for other in [*running, *held]:
         other.abort()
     await generation
+
+
+async def test_a_slot_that_is_free_goes_to_who_waits_not_to_a_newcomer() -> None:
+    async with AsyncScaleClient(MODEL, num_engines=1, max_num_seqs=1, max_queued_requests=0) as client:
+        running = await fill(client, 1)
+        waiting = asyncio.ensure_future(client.submit("hello", **SHORT))
+        await asyncio.sleep(0)
+        running[0].abort()
+        with pytest.raises(OverloadedError):
+            client.generate("newcomer", **SHORT)
+        await (await waiting)
+
+
+async def test_submit_to_one_engine_waits_for_a_place_there(small: AsyncScaleClient) -> None:
+    pinned = [small.generate("hello", engine=1, **LONG) for _ in range(2 + 3)]
+    waiting = asyncio.ensure_future(small.submit("hello", engine=1, **SHORT))
+    await (await small.submit("hello", **SHORT))  # the other engine has room, and nobody stands in its way
+    assert not waiting.done()
+    for generation in pinned[1:]:
+        generation.abort()
+    await (await asyncio.wait_for(waiting, 10))
+    pinned[0].abort()
+
+
+async def test_a_place_that_is_given_up_is_passed_on_although_no_engine_says_anything(small: AsyncScaleClient) -> None:
+    await small.collective_rpc("pause")
+    held = [small.generate([1], **SHORT) for _ in range(3)]
+    waiting = asyncio.ensure_future(small.submit("hello", **SHORT))
+    await asyncio.sleep(0)
+    held[1].abort()
+    generation = await asyncio.wait_for(waiting, 10)
+    await small.collective_rpc("resume")
+    await asyncio.gather(held[0], held[2], generation)
 
 
 async def test_a_timeout_covers_the_wait_for_a_place(small: AsyncScaleClient) -> None:
