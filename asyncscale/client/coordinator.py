@@ -22,6 +22,8 @@ _PUBLISH_INTERVAL_S = 0.002
 # A client that reads nothing is sent no more than this many messages ahead, and all it missed when it reads again.
 _MAX_UNREAD = 1000
 _RETRY_INTERVAL_S = 0.1
+# So many calls of methods may be under way, and so many answers wait for a client that does not read.
+_MAX_CALLS = 1024
 # That a client is gone shows when it is sent something. So long after one has come, all are. (One that is stopped costs
 # no more than one that does not read; and to ask for signs of life would end the connection of one that does not.)
 _PROBE_DELAY_S = 1.0
@@ -199,11 +201,7 @@ class Coordinator:
             case messages.Detach():
                 self._forget(identity)
             case messages.CollectiveCall() as call:
-                task = self._loop.create_task(
-                    self._answer(identity, call, self._dispatcher.call(call.method, call.args))
-                )
-                self._calls.add(task)
-                task.add_done_callback(self._calls.discard)
+                self._call(identity, call)
 
     def _attach(self, identity: bytes, version: int) -> None:
         self._send(identity, self._welcome(identity))
@@ -220,6 +218,17 @@ class Coordinator:
         self._probing = None
         for identity in list(self._clients):
             self._send(identity, messages.Counts([]))
+
+    def _call(self, identity: bytes, call: messages.CollectiveCall) -> None:
+        client = self._clients.get(identity)
+        if len(self._calls) >= _MAX_CALLS or (client is not None and len(client.results) >= _MAX_CALLS):
+            error = f"too many calls at once: at most {_MAX_CALLS}"
+            refusals = [messages.EngineResult(member.engine_id, error=error) for member in self._roster.members]
+            self._send(identity, messages.CollectiveResult(call.call_id, refusals))
+            return
+        task = self._loop.create_task(self._answer(identity, call, self._dispatcher.call(call.method, call.args)))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
 
     async def _answer(
         self, identity: bytes, call: messages.CollectiveCall, results: Awaitable[list[messages.EngineResult]]

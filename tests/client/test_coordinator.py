@@ -308,3 +308,19 @@ async def test_farewell_is_the_last_thing_that_clients_hear(make_fleet: MakeFlee
     for peer in peers:
         await peer.receive_until(lambda message: isinstance(message, messages.Farewell))
         assert not peer.socket.poll(0)
+
+
+async def test_calls_beyond_a_number_are_refused_while_others_are_under_way(
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "_MAX_CALLS", 3)
+    fleet = await make_fleet(2)
+    peer, _ = await fleet.attach()
+    for engine in fleet.engines:
+        engine.silent = True
+    for call_id in range(4):
+        peer.send(messages.CollectiveCall(call_id, "kv_cache_stats", []))
+    (*_, refused) = await peer.receive_until(lambda message: isinstance(message, messages.CollectiveResult))
+    assert refused.call_id == 3
+    assert ["too many calls" in result.error for result in refused.results] == [True, True]
+    await fleet.until(lambda: all(len(engine.calls()) == 3 for engine in fleet.engines))

@@ -203,11 +203,13 @@ async def test_who_sends_more_than_any_message_holds_is_disconnected(
 ) -> None:
     hostile = connect(peer)
     monitor = hostile.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-    hostile.send(bytes(messages.MAX_REQUEST_BYTES - 1000))
-    hostile.send(bytes(messages.MAX_REQUEST_BYTES + 100_000))
-    assert await asyncio.to_thread(monitor.poll, 10_000)
-    hostile.disable_monitor()
-    monitor.close()
+    try:
+        hostile.send(bytes(messages.MAX_REQUEST_BYTES - 1000))
+        hostile.send(bytes(messages.MAX_REQUEST_BYTES + 100_000))
+        assert await asyncio.to_thread(monitor.poll, 10_000)
+    finally:
+        hostile.disable_monitor()
+        monitor.close()
     await assert_serving(client)
 
 
