@@ -144,6 +144,7 @@ class AsyncScaleClient:
         self._starter: asyncio.Task[Any] | None = None  # who awaits `start`, until it is over
         self._closed_while_starting = False
         self._closing: asyncio.Task[None] | None = None
+        self._may_drain = True
         self._drain_limit: asyncio.Timeout | None = None  # while it drains
         self._cleanup = AsyncExitStack()  # in reverse: requests and connections, engines, sockets' context
         self._context: zmq.Context[zmq.Socket[bytes]]
@@ -277,6 +278,7 @@ class AsyncScaleClient:
         self._closing.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _stop_draining(self) -> None:
+        self._may_drain = False  # if it has not begun to
         if self._drain_limit is not None and not self._drain_limit.expired():
             self._drain_limit.reschedule(0.0)
 
@@ -291,7 +293,7 @@ class AsyncScaleClient:
 
     async def _close(self, drain: bool, timeout: float | None) -> None:
         try:
-            if drain:
+            if drain and self._may_drain:
                 self._dispatcher.refuse_waiting(ClientClosedError("the client was closed"))
                 async with asyncio.timeout(timeout) as self._drain_limit:
                     await self._drain()

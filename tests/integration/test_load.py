@@ -13,6 +13,7 @@ import pytest
 from asyncscale import (
     AsyncScaleClient,
     ClientClosedError,
+    EngineDeadError,
     Generation,
     OverloadedError,
     RequestTimeoutError,
@@ -32,6 +33,10 @@ async def assert_idle(client: AsyncScaleClient) -> None:
                 break
     for stats in await client.collective_rpc("kv_cache_stats"):
         assert stats["free_blocks"] == stats["num_blocks"]
+
+
+def kill(client: AsyncScaleClient, engine_id: int) -> None:
+    os.kill(client._engines.supervisor.engines[engine_id].pid, signal.SIGKILL)  # type: ignore[attr-defined]
 
 
 # --- fair shares
@@ -73,11 +78,15 @@ async def test_two_floods_share_the_slots() -> None:
 async def fill(client: AsyncScaleClient, count: int) -> list[Generation]:
     """So many requests that run until they are aborted."""
     generations = [client.generate("long", **LONG) for _ in range(count)]
+    await until_running(client, count)
+    return generations
+
+
+async def until_running(client: AsyncScaleClient, count: int) -> None:
     async with asyncio.timeout(10):
         async for loads in client.watch_loads():
             if sum(load.running for load in loads) == count:
                 break
-    return generations
 
 
 @pytest.fixture
@@ -298,8 +307,7 @@ async def test_a_timeout_while_the_only_engine_is_started_again() -> None:
     slow = SimulatedModel(base_ms=0.5, load_s=1.0)
     async with AsyncScaleClient(slow, num_engines=1) as client:
         generations = [client.generate("hello", engine=engine, timeout=1.0, **LONG) for engine in (None, 0)]
-        (engine,) = client._engines.supervisor.engines.values()  # type: ignore[attr-defined]
-        os.kill(engine.pid, signal.SIGKILL)
+        kill(client, 0)
         for generation in generations:
             with pytest.raises(RequestTimeoutError):
                 await generation
@@ -308,6 +316,54 @@ async def test_a_timeout_while_the_only_engine_is_started_again() -> None:
                 if loads:
                     break
         await assert_idle(client)
+
+
+async def test_what_expires_while_its_engine_is_out_takes_no_memory_and_no_place() -> None:
+    slow = SimulatedModel(base_ms=0.5, load_s=1.0)
+    async with AsyncScaleClient(slow, num_engines=2, max_num_seqs=2, max_queued_requests=3) as client:
+        kill(client, 0)
+        async with asyncio.timeout(10):
+            async for loads in client.watch_loads():
+                if len(loads) == 1:
+                    break
+        for _ in range(2):
+            expiring = [client.generate("hello", engine=0, timeout=0.05) for _ in range(3)]
+            with pytest.raises(OverloadedError, match="3 requests of this client wait at engine 0"):
+                client.generate("hello", engine=0)
+            for generation in expiring:
+                with pytest.raises(RequestTimeoutError):
+                    await generation
+            assert not client._dispatcher._stranded[0]
+        waiting = [client.generate("hello", engine=0, **SHORT) for _ in range(3)]
+        assert {done.timing.engine for done in await asyncio.gather(*waiting)} == {0}
+        await assert_idle(client)
+
+
+async def test_a_timeout_of_a_request_that_was_moved() -> None:
+    """It counts from the call, not from the move; and what the request has on its second engine is free."""
+    async with AsyncScaleClient(MODEL, num_engines=2, max_restarts=0) as client:
+        generations = [client.generate("long", timeout=1.0, **LONG) for _ in range(4)]
+        await until_running(client, 4)
+        kill(client, 0)
+        for generation in generations:
+            with pytest.raises(RequestTimeoutError):
+                await generation
+        assert sorted(generation._stream.num_moves for generation in generations) == [0, 0, 1, 1]
+        await assert_idle(client)
+
+
+async def test_who_waits_for_an_engine_that_will_not_return_is_told() -> None:
+    async with AsyncScaleClient(MODEL, num_engines=2, max_num_seqs=1, max_queued_requests=1, max_restarts=0) as client:
+        running = [client.generate("long", engine=0, **LONG) for _ in range(2)]
+        waiting = asyncio.ensure_future(client.submit("hello", engine=0, **SHORT))
+        await until_running(client, 1)
+        kill(client, 0)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(waiting, 20)
+        for generation in running:
+            with pytest.raises(EngineDeadError):
+                await generation
+        await (await client.submit("hello", **SHORT))
 
 
 # --- closing under load
@@ -340,3 +396,31 @@ async def test_a_second_close_without_drain_ends_the_drain(caplog: pytest.LogCap
     with pytest.raises(ClientClosedError):
         await generation
     assert "did not finish" not in caplog.text
+
+
+async def test_a_close_without_drain_ends_those_who_wait_for_a_place_and_all_others() -> None:
+    client = await AsyncScaleClient(MODEL, num_engines=1, max_num_seqs=1, max_queued_requests=1).start()
+    generations = [client.generate("long", **LONG) for _ in range(2)]
+    waiting = [asyncio.ensure_future(client.submit("hello")) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.gather(*(client.close(drain=False) for _ in range(3)))
+    for ended in (*generations, *waiting):
+        with pytest.raises(ClientClosedError):
+            await ended
+    await client.close(drain=True)
+
+
+async def test_a_drain_of_paused_engines_is_bounded_and_an_impatient_close_ends_it() -> None:
+    for impatient in (False, True):
+        client = await AsyncScaleClient(MODEL, num_engines=1, max_num_seqs=1).start()
+        await client.collective_rpc("pause")
+        generations = [client.generate("hello", engine=engine, **SHORT) for engine in (None, 0)]
+        closing = asyncio.ensure_future(client.close(drain=True, timeout=None if impatient else 0.1))
+        if impatient:
+            await asyncio.sleep(0)
+            assert not closing.done()
+            await client.close(drain=False)
+        await asyncio.wait_for(closing, 20)
+        for generation in generations:
+            with pytest.raises(ClientClosedError):
+                await generation
