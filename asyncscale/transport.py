@@ -38,6 +38,8 @@ _NOBLOCK, _NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _monitor_numbers = itertools.count()
 _EVENT = struct.Struct("=H")
 
+_ZERO_COPY_RECEIVE = 10  # ZMQ_ZERO_COPY_RECV, which pyzmq has no name for
+
 # One more than any message has.
 _MAX_FRAMES = 3
 
@@ -141,6 +143,14 @@ def unlink_address(address: str) -> None:
     """Remove the socket file of an ipc address, if there is one."""
     with contextlib.suppress(OSError):
         os.unlink(address.removeprefix("ipc://"))
+
+
+def make_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """What sockets are made of; one per client, and one per engine."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    # Else every message that waits for `recv`, however short, keeps the 8 KB that it was read with.
+    context.set(_ZERO_COPY_RECEIVE, 0)
+    return context
 
 
 def bind_router(

@@ -162,7 +162,7 @@ class AsyncScaleClient:
         self._state = State.STARTING
         self._loop = asyncio.get_running_loop()
         self._owner_pid = os.getpid()
-        self._context = zmq.Context()
+        self._context = transport.make_context()
         self._cleanup.callback(self._context.destroy, linger=0)
         self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
         self._starter = starter = cast("asyncio.Task[Any]", asyncio.current_task())

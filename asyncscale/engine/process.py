@@ -17,8 +17,6 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-import zmq
-
 from asyncscale import messages, transport
 from asyncscale.config import EngineSpec, SimulatedModel
 from asyncscale.engine.core import EngineCore
@@ -53,7 +51,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             dtype=runner.dtype,
             load_s=time.monotonic() - started,
         )
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context = transport.make_context()
         socket = transport.bind_router(
             context,
             spec.address,

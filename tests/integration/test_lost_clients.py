@@ -203,6 +203,39 @@ async def test_a_client_that_goes_on_after_a_stop_or_a_block_has_every_token_onc
         assert await used_blocks(owner) == 0
 
 
+async def test_tokens_that_nobody_reads_wait_in_some_bytes_each_and_others_stream_on(start: Start) -> None:
+    """Half a million tokens for a client whose event loop is blocked meanwhile; another's requests are complete."""
+    num_requests, num_tokens = 64, 8000
+
+    async def body(client: AsyncScaleClient, end: Any) -> tuple[int, bool]:
+        generations = [client.generate("unread", **LONG) for _ in range(num_requests)]
+        streams = [aiter(generation) for generation in generations]
+        await asyncio.gather(*map(anext, streams))
+        before = psutil.Process().memory_info().rss
+        end.send("blocked")
+        end.recv()
+        growth = psutil.Process().memory_info().rss - before
+        completions = await asyncio.gather(*generations)
+        return growth, all(len(completion.token_ids) == num_tokens for completion in completions)
+
+    model = SimulatedModel(base_ms=0.2, decode_us=0, prefill_us=0)
+    async with AsyncScaleClient(model, num_engines=1, max_num_seqs=num_requests + 1) as owner:
+        alone = await owner.generate("read", seed=1, max_tokens=1000, ignore_eos=True)
+        engine = psutil.Process(owner._engines.supervisor.engines[0].pid)  # type: ignore[attr-defined]
+        other = await start(owner, body)
+        assert await other.hear() == "blocked"
+        before = engine.memory_info().rss
+        meanwhile = await owner.generate("read", seed=1, max_tokens=1000, ignore_eos=True)
+        await reach(owner, 0, timeout=50)
+        engine_growth = engine.memory_info().rss - before
+        other.end.send("go on")
+        client_growth, complete = await other.result()
+        assert complete
+        assert meanwhile.token_ids == alone.token_ids
+        assert client_growth < 24 * num_requests * num_tokens
+        assert engine_growth < 40 * num_requests * num_tokens
+
+
 # --- an engine that is gone, seen by the connection
 
 
