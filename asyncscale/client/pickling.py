@@ -13,7 +13,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
 import cloudpickle
@@ -42,9 +42,15 @@ def loads(data: bytes) -> Any:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Takes exceptions to bits without their `__init__`, which need not take the `args` that it leaves behind."""
+    """Takes exceptions to bits without their `__init__`, which need not take the `args` that it leaves behind.
+
+    And code keeps the name of its file, which newer cloudpickles take away: tracebacks of front ends show its lines.
+    """
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, CodeType):
+            make, args = self.dispatch_table[CodeType](value)
+            return _code_of_file, (value.co_filename, make, args)
         if isinstance(value, BaseException):
             kind = type(value)
             is_reduced_as_ever = not isinstance(kind.__reduce__, FunctionType)
@@ -52,6 +58,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 _, args, *state = cast("tuple[Any, ...]", value.__reduce__())
                 return rebuild, (kind, *args), *state
         return super().reducer_override(value)
+
+
+def _code_of_file(filename: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
+    return make(*args).replace(co_filename=filename)
 
 
 class _Unpickler(pickle.Unpickler):
