@@ -196,10 +196,26 @@ def published_address(socket: zmq.Socket[bytes], tcp: TcpBinding | None) -> str:
 def connect_dealer(
     context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes, *, max_unread: int = 0
 ) -> zmq.Socket[bytes]:
-    """A DEALER with one connection in its life: see `monitor`, and make another when it is lost.
+    """A DEALER with one connection in its life. max_unread: so many messages are taken ahead of `recv`."""
+    socket, endpoint = _make_dealer(context, address, identity, max_unread)
+    socket.connect(endpoint)
+    return socket
 
-    max_unread: so many messages are taken from the peer ahead of `recv`.
-    """
+
+def connect_monitored_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes, *, max_unread: int = 0
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """Like `connect_dealer`, with its `monitor`, which misses nothing: make another when the connection is lost."""
+    socket, endpoint = _make_dealer(context, address, identity, max_unread)
+    events = monitor(socket)
+    socket.connect(endpoint)
+    return socket, events
+
+
+def _make_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes, max_unread: int
+) -> tuple[zmq.Socket[bytes], str]:
+    """The socket, and the endpoint that it is to be connected to."""
     where = Address(address) if address.startswith("inproc://") else parse(address)
     socket = context.socket(zmq.DEALER)
     _common(socket, where.endpoint, messages.MAX_ANSWER_BYTES)
@@ -208,8 +224,7 @@ def connect_dealer(
     socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT_MS)
     if where.server_key is not None:
         _use_curve(socket, where.server_key)
-    socket.connect(where.endpoint)
-    return socket
+    return socket, where.endpoint
 
 
 _EVENT_NAMES: dict[int, Literal["connected", "disconnected", "unreachable"]] = {

@@ -45,8 +45,8 @@ class EngineConnection:
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, asyncio.Future[messages.EngineResult]] = {}
         self._call_ids = itertools.count()
-        socket = transport.connect_dealer(context, member.address, self.identity)
-        self._loss_monitor = LossMonitor(self._loop, socket, lambda: on_loss(self))
+        socket, events = transport.connect_monitored_dealer(context, member.address, self.identity)
+        self._loss_monitor = LossMonitor(self._loop, socket, events, lambda: on_loss(self))
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
 
     def send(self, message: messages.ToEngine) -> None:

@@ -151,10 +151,12 @@ class AttachedEngines:
 
     def _connect(self) -> None:
         identity = self._client_id + os.urandom(messages.CONNECTION_ID_SIZE)
-        socket = transport.connect_dealer(self._context, self.address, identity, max_unread=_MAX_UNREAD)
+        socket, events = transport.connect_monitored_dealer(
+            self._context, self.address, identity, max_unread=_MAX_UNREAD
+        )
         self._let_in = False
         self._stop_monitor = socket.disable_monitor
-        self._monitor = LoopSocket(self._loop, transport.monitor(socket), self._on_connection_event)
+        self._monitor = LoopSocket(self._loop, events, self._on_connection_event)
         self._socket = LoopSocket(self._loop, socket, self._on_frames)
         self._send(messages.Attach(messages.PROTOCOL_VERSION))
 

@@ -17,17 +17,23 @@ GRACE_S = 0.02
 class LossMonitor:
     """Calls `on_loss` once, a moment after the connection of a DEALER has ended or could not be made.
 
-    All that arrived before the end can then be received. Close it before the socket. was_connected: whether there was
-    a connection.
+    All that arrived before the end can then be received. Close it before the socket. events: the DEALER's monitor.
+    was_connected: whether there was a connection.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], on_loss: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: zmq.Socket[bytes],
+        events: zmq.Socket[bytes],
+        on_loss: Callable[[], None],
+    ) -> None:
         self._loop = loop
         self._socket = socket
         self._on_loss = on_loss
         self._timer: asyncio.TimerHandle | None = None
         self.was_connected = False
-        self._monitor = LoopSocket(loop, transport.monitor(socket), self._on_event)
+        self._monitor = LoopSocket(loop, events, self._on_event)
 
     def close(self) -> None:
         """Call nobody any more. Safe to call twice."""

@@ -28,6 +28,32 @@ MODEL = SimulatedModel()
 FACTS = messages.EngineFacts(32_000, 8192, 64, 16, 1000, "simulated", 0.0)
 
 
+class Scissors:
+    """End the connections of a ROUTER, as a network that breaks does. To be closed before it."""
+
+    def __init__(self, router: zmq.Socket[bytes]) -> None:
+        self._router = router
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+        self._events = router.get_monitor_socket(events, f"inproc://scissors-{id(self)}")
+
+    def cut(self) -> None:
+        descriptors: set[int] = set()
+        while self._events.poll(0):
+            event = recv_monitor_message(self._events)
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                descriptors.add(event["value"])
+            else:
+                descriptors.discard(event["value"])
+        for descriptor in descriptors:
+            with socket_module.socket(fileno=os.dup(descriptor)) as end:
+                end.shutdown(socket_module.SHUT_RDWR)
+
+    def close(self) -> None:
+        if not self._events.closed:
+            self._router.disable_monitor()
+            self._events.close(linger=0)
+
+
 class FakeEngine:
     """Records what it is sent. Says its load to whoever connects; answers calls with [engine id, method, *arguments].
 
@@ -42,8 +68,7 @@ class FakeEngine:
         address = f"ipc://{folder}/engine-{engine_id}"
         self.member = messages.Member(engine_id, 0, address, FACTS, self.load)
         socket = transport.bind_router(context, address)
-        self._router = socket
-        self._comings_and_goings = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._scissors = Scissors(socket)
         self._socket = LoopSocket(asyncio.get_running_loop(), socket, self._on_frames)
 
     def calls(self) -> list[tuple[str, Any]]:
@@ -77,23 +102,11 @@ class FakeEngine:
         self._socket.send(client, messages.encoder.encode(message))
 
     def cut(self) -> None:
-        """End every connection that there is, as a network that breaks does; the engine goes on."""
-        descriptors: set[int] = set()
-        while self._comings_and_goings.poll(0):
-            event = recv_monitor_message(self._comings_and_goings)
-            if event["event"] == zmq.EVENT_ACCEPTED:
-                descriptors.add(event["value"])
-            else:
-                descriptors.discard(event["value"])
-        for descriptor in descriptors:
-            with socket_module.socket(fileno=os.dup(descriptor)) as end:
-                end.shutdown(socket_module.SHUT_RDWR)
+        """End every connection; the engine goes on."""
+        self._scissors.cut()
 
     def close(self) -> None:
-        if self._router.closed:
-            return
-        self._router.disable_monitor()
-        self._comings_and_goings.close(linger=0)
+        self._scissors.close()
         self._socket.close()
 
     def _on_frames(self, frames: list[bytes]) -> None:
@@ -139,6 +152,7 @@ class Fleet:
     def __init__(self, folder: str, num_engines: int) -> None:
         self._folder = folder
         self._peers: list[Peer] = []
+        self._scissors: Scissors | None = None
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.dispatcher = Dispatcher(self.context, OWNER, least_loaded, Limits())
         self.coordinator = Coordinator(self.context, folder, MODEL, Roster(self.dispatcher), self.dispatcher)
@@ -157,6 +171,11 @@ class Fleet:
         """The engine is found dead, as by an owner whose supervisor saw it."""
         reason = f"engine {engine.engine_id} died"
         self.coordinator.leave(messages.Left(engine.engine_id, engine.member.incarnation, reason, -9))
+
+    def coordinator_scissors(self) -> Scissors:
+        """To cut the connections of clients that attach from now on."""
+        self._scissors = Scissors(self.coordinator._socket._socket)
+        return self._scissors
 
     def peer(self) -> Peer:
         """A client that has said nothing yet."""
@@ -190,6 +209,8 @@ class Fleet:
 
     def close(self) -> None:
         self.dispatcher.close(RuntimeError("the test is over"))
+        if self._scissors is not None:
+            self._scissors.close()
         self.coordinator.close()
         for engine in self.engines:
             engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,7 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from asyncscale import SamplingParams, SimulatedModel, messages
+from asyncscale import AsyncScaleError, SamplingParams, SimulatedModel, messages
+from asyncscale.client.dispatcher import Dispatcher
+from asyncscale.client.engines import AttachedEngines
+from asyncscale.client.options import Limits
+from asyncscale.client.policies import least_loaded
 from asyncscale.client.preparation import Preparation, RequestOptions
 from asyncscale.client.submission import Submission
 from asyncscale.tokenization.loading import load_codec
@@ -145,3 +150,27 @@ async def test_a_client_tells_what_it_has_read(make_fleet: MakeFleet) -> None:
         engine.tell_owner(running=number)
     await fleet.until(lambda: len(reads()) == 2)
     assert [msgspec.structs.astuple(read) for read in reads()] == [(messages.READ_INTERVAL,)] * 2
+
+
+# --- to the owner
+
+
+async def test_a_client_that_lost_its_connection_to_a_living_owner_is_welcomed_anew(make_fleet: MakeFleet) -> None:
+    fleet = await make_fleet(2)
+    scissors = fleet.coordinator_scissors()
+    client_id = b"c" * messages.CLIENT_ID_SIZE
+    dispatcher = Dispatcher(fleet.context, client_id, least_loaded, Limits())
+    attached = AttachedEngines(fleet.context, client_id, fleet.coordinator.address, dispatcher)
+    await attached.start()
+    fleet.engines[0].silent = True
+    call = asyncio.ensure_future(attached.call("profile", []))
+    await fleet.until(lambda: bool(fleet.engines[0].calls()))
+    scissors.cut()
+    fleet.kill(fleet.engines[1])
+    joiner = fleet.join()
+    with pytest.raises(AsyncScaleError, match="lost before it answered"):
+        await call
+    await fleet.until(lambda: [member.engine_id for member in attached.roster.members] == [0, joiner.engine_id])
+    await fleet.until(lambda: len(fleet.coordinator._clients) == 1)  # the old connection is forgotten
+    dispatcher.close(RuntimeError("the test is over"))
+    await attached.stop()
