@@ -45,9 +45,9 @@ class Scheduler:
 
     A request is admitted when there is a row for it, budget for its first token, and blocks for all its known tokens,
     which it takes at once: a prefill never runs out of blocks half-way. Decoding rows take a block as they need it.
-    When there is none, a running request is preempted: of the worst priority, and there of the client that has the most,
-    the last to arrive. It gives up its blocks and is computed anew later. To admit a request, only requests of a strictly
-    worse priority are preempted, so that no two displace each other in turn.
+    When there is none, a running request is preempted: of the worst priority, and there of the client that has most,
+    the last to arrive. It gives up its blocks and is computed anew later. To admit a request, only requests of a
+    strictly worse priority are preempted, so that no two displace each other in turn.
 
     The caller runs `schedule`, executes the batch, and hands the result to `advance`.
     """
