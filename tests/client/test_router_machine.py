@@ -37,7 +37,18 @@ class Engine:
         waiting = len(arrived) + len(self.others) - running
         tokens = sum(arrived) + sum(self.others)
         self.reports.append(
-            Load(self.version, running, waiting, len(arrived), tokens, sum(arrived), 7, 100, not self.paused)
+            Load(
+                self.version,
+                running,
+                waiting,
+                len(arrived),
+                tokens,
+                sum(arrived),
+                used_blocks=7,
+                num_blocks=100,
+                accepting=not self.paused,
+                share=CAPACITY // 2 if self.others else CAPACITY,
+            )
         )
 
 
@@ -108,7 +119,10 @@ class RouterMachine(RuleBasedStateMachine):
         assert home == (None if session is None else self.homes.get(session))
         request = RoutingRequest(tokens, 0, session, home, cached)
         decision = self.router.pick(request, 0.0)
-        eligible = [i for i, engine in sorted(self.engines.items()) if self.may_take_one(engine)]
+        accepting = [i for i, engine in sorted(self.engines.items()) if engine.known is None or engine.known.accepting]
+        eligible = [i for i in accepting if self.has_slot(self.engines[i])]
+        if not eligible:  # all are full: then those where this client has less than its share
+            eligible = [i for i in accepting if self.has_right(self.engines[i])]
         assert (decision is None) == (not eligible)
         if decision is None:
             return
@@ -120,11 +134,13 @@ class RouterMachine(RuleBasedStateMachine):
         self.engines[decision.engine_id].mine.append(tokens)
         self.router.sent(decision.engine_id, 1, tokens)
 
-    def may_take_one(self, engine: Engine) -> bool:
+    def has_slot(self, engine: Engine) -> bool:
         known = engine.known
         others = 0 if known is None else known.running + known.waiting - known.mine
-        paused = known is not None and not known.accepting
-        return not paused and len(engine.mine) + others < CAPACITY
+        return len(engine.mine) + others < CAPACITY
+
+    def has_right(self, engine: Engine) -> bool:
+        return engine.known is not None and len(engine.mine) < engine.known.share
 
     def check_choice(self, chosen: int, scores: dict[int, float], eligible: list[int], request: RoutingRequest) -> None:
         best = min(scores[engine_id] for engine_id in eligible)

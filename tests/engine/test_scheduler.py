@@ -110,6 +110,22 @@ def test_when_blocks_run_out_the_worst_priority_is_preempted_although_it_came_fi
     assert [engine.finished(request_id).num_preemptions for request_id in range(2)] == [1, 0]
 
 
+def test_while_two_clients_wait_the_slots_that_turn_over_are_theirs_in_equal_parts(make_engine, endless):
+    engine = make_engine(num_kv_blocks=400)
+    for request_id in range(200):
+        engine.add(request_id, prompt(4), max_tokens=3 + request_id % 7, **endless)
+    for _ in range(5):
+        engine.step()
+    for request_id in range(60):
+        engine.add(request_id, prompt(4, 100), client=B, max_tokens=3 + request_id % 5, **endless)
+    for _ in range(10):  # longer than any that ran when B came
+        engine.step()
+    for _ in range(30):
+        engine.step()
+        running = [client for (client, _), _ in engine.runner.batches[-1]]
+        assert abs(running.count(A) - running.count(B)) <= 1
+
+
 def test_when_blocks_run_out_the_client_with_the_most_running_gives_up_its_latest(make_engine, endless):
     engine = make_engine(num_kv_blocks=12, enable_prefix_caching=False)
     for request_id in range(2):
