@@ -45,7 +45,7 @@ def test_an_answer_streams_after_a_progress_bar_and_before_a_line_of_figures() -
     assert process.returncode == 0
     assert b"loading 1 engine: " in bar
     assert bar.rsplit(b"\r", 1)[-1].strip() == b""  # it is gone when the answer comes
-    assert len(chunks) > 10
+    assert len(chunks) > 2  # it streams; on a busy machine several tokens come in one read
     answer, summary = b"".join(chunks).decode().rstrip("\n").rsplit("\n", 1)
     assert answer.startswith(" Paris")
     match = SUMMARY.fullmatch(summary)
