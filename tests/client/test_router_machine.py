@@ -13,7 +13,7 @@ from asyncscale.client.policies import Policy, RoutingRequest, least_loaded, lea
 from asyncscale.client.router import Router
 from asyncscale.messages import Load
 
-CAPACITY = 6
+CAPACITY = 3
 ENGINES = st.integers(0, 3)
 TOKENS = st.integers(1, 500)
 
@@ -47,7 +47,7 @@ class Engine:
                 used_blocks=7,
                 num_blocks=100,
                 accepting=not self.paused,
-                share=CAPACITY // 2 if self.others else CAPACITY,
+                share=CAPACITY - 1 if self.others else CAPACITY,
             )
         )
 
@@ -78,9 +78,9 @@ class RouterMachine(RuleBasedStateMachine):
         self.homes = {session: home for session, home in self.homes.items() if home != engine_id}
         self.router.leave(engine_id)
 
-    @rule(engine_id=ENGINES, tokens=TOKENS)
-    def another_client_sends(self, engine_id: int, tokens: int) -> None:
-        self.engine(engine_id).others.append(tokens)
+    @rule(engine_id=ENGINES, tokens=TOKENS, count=st.integers(1, CAPACITY))
+    def another_client_sends(self, engine_id: int, tokens: int, count: int) -> None:
+        self.engine(engine_id).others += [tokens] * count
 
     @rule(engine_id=ENGINES)
     def a_request_of_another_client_ends(self, engine_id: int) -> None:
@@ -133,6 +133,12 @@ class RouterMachine(RuleBasedStateMachine):
             self.homes[session] = decision.engine_id
         self.engines[decision.engine_id].mine.append(tokens)
         self.router.sent(decision.engine_id, 1, tokens)
+
+    @rule(count=st.integers(4, 4 * CAPACITY + 1))
+    def burst(self, count: int) -> None:
+        """Or engines would hardly ever all be full."""
+        for _ in range(count):
+            self.send(1, 0, None)
 
     def has_slot(self, engine: Engine) -> bool:
         known = engine.known
