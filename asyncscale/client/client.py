@@ -336,7 +336,10 @@ class AsyncScaleClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.close(drain=False)
+        if error is None and self._closing is not None:
+            await self._wait_closed()  # another task closes it, and perhaps lets requests finish
+        else:
+            await self.close(drain=False)
 
     # --- requests
 
