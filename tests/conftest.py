@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.config import CheckpointFiles
+
+# A shell ignores these for what it runs in the background, and programs that are started from there would do, too.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(scope="session")
