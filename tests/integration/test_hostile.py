@@ -613,7 +613,7 @@ async def test_generate_from_a_plain_callback(client: AsyncScaleClient) -> None:
 async def test_generate_while_closing_is_refused_and_harms_nothing() -> None:
     client = await AsyncScaleClient(FAST, num_engines=1).start()
     generations = [client.generate("hello", max_tokens=50, ignore_eos=True) for _ in range(100)]
-    closing = asyncio.gather(client.close(), client.close(drain=False), client.close(timeout=0))
+    closing = asyncio.gather(client.close(), client.close(), client.close(timeout=0))
     while not closing.done():
         await asyncio.sleep(0)
         with pytest.raises(ClientClosedError):

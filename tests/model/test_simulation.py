@@ -155,8 +155,13 @@ def test_prompt_logprobs_come_with_the_chunk_that_computes_them():
 
 def test_a_step_takes_as_long_as_the_model_says(monkeypatch):
     clock, slept = [100.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock[0] += seconds
+
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", sleep)
     bench = Bench(SimulatedModel(base_ms=8, decode_us=35, prefill_us=10, load_s=2.5))
     assert slept.pop() == 2.5
     bench.add(0, PROMPT)
