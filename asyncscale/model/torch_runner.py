@@ -56,6 +56,7 @@ class TorchRunner:
         self.vocab_size = model.vocab_size
         self.max_model_len = _max_model_len(config, model)
         self.supports_prefix_caching = self.max_model_len <= _longest_shared_prefix(model)
+        self.token_cost = math.inf
         self.dtype = str(dtype).removeprefix("torch.")
         self.num_blocks = _num_blocks(spec, model, self.max_model_len, dtype, device)
         self._cache = KVCache(model, self.num_blocks, config.block_size, dtype, device)
