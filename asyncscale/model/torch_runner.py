@@ -22,7 +22,7 @@ from asyncscale.model.kv_cache import KVCache, bytes_per_block
 from asyncscale.model.logprobs import prompt_logprobs
 from asyncscale.model.memory import available_memory
 from asyncscale.model.sampler import Sampler
-from asyncscale.model.weights import load_weights
+from asyncscale.model.torch_weights import load_weights
 from asyncscale.params import Sampling
 
 # Prompt positions whose logits are held at once: 25 MB for a vocabulary of 50,000.
