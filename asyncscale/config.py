@@ -12,6 +12,8 @@ _MAX_NUM_SEQS = 65_536
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+Speculation = Literal["auto", "ngram", "off"]
+
 Fault = Literal["error", "raise", "exit", "kill", "segfault", "hang"]
 
 
@@ -22,9 +24,10 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
 
         client = AsyncScaleClient(SimulatedModel(base_ms=8, decode_us=35, prefill_us=10))
 
-    A step takes `base_ms` milliseconds, plus `decode_us` microseconds for each request that decodes in it,
+    A step takes `base_ms` milliseconds, plus `decode_us` microseconds for each token decoded (or guessed) in it,
     plus `prefill_us` microseconds for each prompt token computed in it. Token ids are a fixed function of prompt,
     seed (when sampling) and position. About one token in `mean_output_tokens` is the end-of-sequence token.
+    output_period: other tokens come again after so many; such text is easy to guess. 0 is never.
 
     faults: what happens to the engine in a step that computes a request whose prompt holds this token id, for tests of
     what a program does then: "error" (the request fails, and nothing else), "raise" (an exception), "exit" (code 3),
@@ -38,11 +41,12 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     max_model_len: int = 8192
     num_kv_blocks: int = 65_536
     mean_output_tokens: int = 64
+    output_period: int = 0
     load_s: float = 0.0
     faults: dict[int, Fault] = {}
 
     def __post_init__(self) -> None:
-        for name in ("base_ms", "decode_us", "prefill_us", "load_s"):
+        for name in ("base_ms", "decode_us", "prefill_us", "load_s", "output_period"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name, low in (("vocab_size", 258), ("max_model_len", 2), ("num_kv_blocks", 1), ("mean_output_tokens", 1)):
@@ -77,6 +81,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         instead of both.
     enable_prefix_caching: reuse the KV blocks of a prompt's beginning that an earlier request computed.
     threads_per_engine: compute threads of each engine; None divides the usable cores over the engines.
+    speculation: guess the next tokens from where the text repeats itself, and check the guesses in one step. Tokens are
+        the same with and without. "auto" does so where it pays (few requests, guesses that come true), "ngram" whenever
+        there is something to guess.
+    num_speculative_tokens: most tokens guessed for a request in one step.
     """
 
     dtype: DType = "auto"
@@ -89,9 +97,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_kv_blocks: int | None = None
     enable_prefix_caching: bool = True
     threads_per_engine: int | None = None
+    speculation: Speculation = "auto"
+    num_speculative_tokens: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_speculative_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_kv_blocks", "threads_per_engine"):

@@ -45,17 +45,25 @@ class Batch:
     The table is as of before the step: blocks for the new positions are allocated, num_computed_tokens is not yet
     advanced. The first num_decodes rows decode: they compute one token, their last known one, and get the next.
     Position p of row r lives in cache block block_table[r, p // block_size], slot p % block_size.
+
+    num_drafts: int32 per row, or None when it is 0 for all. A decoding row with d drafts computes 1 + d tokens: after
+    its last known one the d that are guessed to follow, token_ids[r, num_tokens : num_tokens + d]. It gets 1 to 1 + d
+    tokens, the same that it would get one by one. Where to sample is `verification.sample_points`, how many of the
+    samples count `verification.find_kept`. No row drafts that asks for anything that depends on the tokens before:
+    penalties, bad words, a min_tokens that is not reached; nor one with logit_bias or log-probabilities.
     """
 
     table: SequenceTable
     rows: Int32
     num_new_tokens: Int32
     num_decodes: int = 0
+    num_drafts: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a runner made of a batch. `rows` are those whose known tokens are all computed now; each got one next token.
+    """What a runner made of a batch. `rows` are those whose known tokens are all computed now; each got one next token,
+    and is there once; or, with drafts, as often as it got tokens, side by side in order.
 
     logprobs: row -> of its new token, for rows that asked. prompt_logprobs: row -> of the next prompt positions, for
     rows that asked; from position 1 on since `add`, without gaps (the value at p belongs to the token at p, and comes

@@ -14,6 +14,10 @@ class Runner(Protocol):
 
     vocab_size, max_model_len, num_blocks (KV-cache blocks that it has room for) and dtype are known once it is made.
     supports_prefix_caching: whether keys and values depend on nothing but the tokens up to their own.
+    token_cost: what one more token in a step costs, as a share of what a step costs beside its tokens: a step of n
+    tokens takes about (1 + token_cost * n) times as long as one of none could. Drafts are made where they pay by that
+    measure. Infinite where logits are not bit by bit the same whatever else is computed beside them: nothing is ever
+    drafted then.
     tick: to be called again and again while a batch is computed, at least after each layer. It is how a long step is
     told from one that hangs; whoever runs the engine may set it.
     """
@@ -23,6 +27,7 @@ class Runner(Protocol):
     num_blocks: int
     dtype: str
     supports_prefix_caching: bool
+    token_cost: float
     tick: Callable[[], None]
 
     def add(self, row: int, request: Request) -> None:
@@ -33,6 +38,13 @@ class Runner(Protocol):
 
     def execute(self, batch: Batch, meanwhile: Callable[[], None]) -> StepResult:
         """Compute the batch's tokens, write their keys and values to the cache, sample where a sequence is complete.
+
+        ::
+
+            points = sample_points(batch)
+            token_ids = ...  # one for each point, from the logits there
+            kept = find_kept(batch, points, token_ids)
+            return StepResult(points.rows[kept], token_ids[kept])
 
         meanwhile: to be called once, when another device has been set to work, else before the work begins.
         """

@@ -13,7 +13,7 @@ from asyncscale.model.attention import AttentionPlan
 from asyncscale.model.kv_cache import KVCache
 from asyncscale.model.linear import Linear
 from asyncscale.model.rope import RotaryEmbedding, rotate
-from asyncscale.model.weights import Weights
+from asyncscale.model.torch_weights import Weights
 
 
 class Decoder:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.errors import ModelLoadError
+
+Float32 = npt.NDArray[np.float32]
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -28,10 +30,9 @@ _LAYER = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_gguf(
-    file: GGUFFile, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of `shapes`, float32. Raises ModelLoadError, naming the tensor as the file does."""
+def read_gguf(path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Float32]]:
+    """Every tensor of `shapes`. Raises ModelLoadError, naming the tensor as the file does, before the first one."""
+    file = GGUFFile(path)
     names = {name: gguf_name(name) for name in shapes}
     unknown = file.tensors.keys() - names.values() - {_ROPE_FACTORS}
     if unknown:
@@ -39,24 +40,24 @@ def read_gguf(
     for name, stored in names.items():
         if stored not in file.tensors:
             raise ModelLoadError(f"{file.path}: tensor {stored!r} is missing")
-        if file.tensors[stored].shape != shapes[name]:
-            raise ModelLoadError(
-                f"{file.path}: tensor {stored!r} has the shape {file.tensors[stored].shape}, expected {shapes[name]}"
-            )
-        tensor = torch.from_numpy(file.tensors[stored].dequantize())
+        _check_shape(file, stored, shapes[name])
+    for name, stored in names.items():
+        tensor = file.tensors[stored].dequantize()
         yield name, _rotation_halves(tensor, config) if _is_permuted(name, config) else tensor
 
 
-def read_rope_factors(file: GGUFFile, config: ModelConfig) -> Tensor | None:
+def read_gguf_rope_factors(file: GGUFFile, config: ModelConfig) -> Float32 | None:
     """What RoPE's frequencies are divided by, float32[head_dim / 2], if the file says so (Llama 3.1's scaling)."""
-    stored = file.tensors.get(_ROPE_FACTORS)
-    if stored is None:
+    if _ROPE_FACTORS not in file.tensors:
         return None
-    if stored.shape != (config.head_dim // 2,):
-        raise ModelLoadError(
-            f"{file.path}: tensor {_ROPE_FACTORS!r} has the shape {stored.shape}, expected {(config.head_dim // 2,)}"
-        )
-    return torch.from_numpy(stored.dequantize())
+    _check_shape(file, _ROPE_FACTORS, (config.head_dim // 2,))
+    return file.tensors[_ROPE_FACTORS].dequantize()
+
+
+def _check_shape(file: GGUFFile, name: str, shape: tuple[int, ...]) -> None:
+    found = file.tensors[name].shape
+    if found != shape:
+        raise ModelLoadError(f"{file.path}: tensor {name!r} has the shape {found}, expected {shape}")
 
 
 def gguf_name(name: str) -> str:
@@ -75,7 +76,7 @@ def _is_permuted(name: str, config: ModelConfig) -> bool:
     )
 
 
-def _rotation_halves(tensor: Tensor, config: ModelConfig) -> Tensor:
+def _rotation_halves(tensor: Float32, config: ModelConfig) -> Float32:
     """Rows 0, 2, 4 ... of each head, then 1, 3, 5 ...: element i is paired with i + head_dim / 2 instead of i + 1."""
-    pairs = tensor.view(-1, config.head_dim // 2, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+    pairs = tensor.reshape(-1, config.head_dim // 2, 2, *tensor.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(tensor.shape)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from asyncscale.config import EngineConfig, Fault, SimulatedModel
 from asyncscale.engine.batch import Batch, Int32, StepResult
 from asyncscale.engine.request import Request
+from asyncscale.engine.verification import find_kept, sample_points
 from asyncscale.messages import TokenLogprobs
 
 EOS_TOKEN_ID = 256  # below it, token ids are bytes of text
@@ -42,6 +43,7 @@ class SimulatedRunner:
         self.num_blocks = config.num_kv_blocks or model.num_kv_blocks
         self.dtype = "simulated"
         self.supports_prefix_caching = True
+        self.token_cost = model.decode_us / max(1e3 * model.base_ms, 1e-6)
         self._model = model
         self._requests: dict[int, Request] = {}
         self._keys: UInt64 = np.zeros(config.max_num_seqs, np.uint64)
@@ -80,24 +82,23 @@ class SimulatedRunner:
     def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         start = time.monotonic()
         meanwhile()
-        table, rows = batch.table, batch.rows
-        sampled = rows
-        if batch.num_decodes < rows.size:
-            end = table.num_computed_tokens[rows] + batch.num_new_tokens
-            sampled = rows[end == table.num_tokens[rows]]
-        positions = table.num_tokens[sampled]
-        token_ids = self._tokens(self._keys[sampled], positions)
-        errors = self._replace_early_stops(sampled, positions, token_ids) if self._min_token_rows else {}
+        points = sample_points(batch)
+        token_ids = self._tokens(self._keys[points.rows], points.positions)
+        errors = {}
+        if self._min_token_rows:
+            errors = self._replace_early_stops(points.rows, points.positions, token_ids)
+        kept = find_kept(batch, points, token_ids)
+        rows, token_ids = points.rows[kept], token_ids[kept]
         logprobs = {}
         if self._logprob_rows:
-            for row, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
+            for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
                 if row in self._logprob_rows:
                     logprobs[row] = self._logprobs(token_id, self._requests[row].sampling.logprobs or 0)
         prompt_logprobs = self._prompt_logprobs(batch) if self._prompt_logprob_rows else {}
         if self._fault_rows:
             errors |= self._fail(batch)
         self._sleep_until(start + self._step_seconds(batch))
-        return StepResult(sampled, token_ids, logprobs, prompt_logprobs, errors)
+        return StepResult(rows, token_ids, logprobs, prompt_logprobs, errors)
 
     def _fail(self, batch: Batch) -> dict[int, str]:
         """What the faults in the batch ask for. Returns the rows that fail alone."""
@@ -121,6 +122,8 @@ class SimulatedRunner:
     def _tokens(self, keys: UInt64, positions: Int32) -> Int32:
         bits = _mix(keys + positions.astype(np.uint64) * _GOLDEN)
         is_end = bits % np.uint64(self._model.mean_output_tokens) == 0
+        if self._model.output_period:
+            bits = _mix(keys + (positions % self._model.output_period).astype(np.uint64) * _GOLDEN)
         first = EOS_TOKEN_ID + 1
         token_ids: Int32 = ((bits >> np.uint64(20)) % np.uint64(self.vocab_size - first)).astype(np.int32)
         token_ids += first
@@ -169,8 +172,9 @@ class SimulatedRunner:
     def _step_seconds(self, batch: Batch) -> float:
         num_decodes, model = batch.num_decodes, self._model
         num_prefill_tokens = int(batch.num_new_tokens[num_decodes:].sum()) if num_decodes < batch.rows.size else 0
+        num_decoded = num_decodes + (0 if batch.num_drafts is None else int(batch.num_drafts.sum()))
         return (
-            model.base_ms * 1e-3 + model.decode_us * 1e-6 * num_decodes + model.prefill_us * 1e-6 * num_prefill_tokens
+            model.base_ms * 1e-3 + model.decode_us * 1e-6 * num_decoded + model.prefill_us * 1e-6 * num_prefill_tokens
         )
 
     def _sleep_until(self, deadline: float) -> None:

@@ -22,7 +22,7 @@ from asyncscale.model.kv_cache import KVCache, bytes_per_block
 from asyncscale.model.logprobs import prompt_logprobs
 from asyncscale.model.memory import available_memory
 from asyncscale.model.sampler import Sampler
-from asyncscale.model.weights import load_weights
+from asyncscale.model.torch_weights import load_weights
 from asyncscale.params import Sampling
 
 # Prompt positions whose logits are held at once: 25 MB for a vocabulary of 50,000.
@@ -56,6 +56,7 @@ class TorchRunner:
         self.vocab_size = model.vocab_size
         self.max_model_len = _max_model_len(config, model)
         self.supports_prefix_caching = self.max_model_len <= _longest_shared_prefix(model)
+        self.token_cost = math.inf
         self.dtype = str(dtype).removeprefix("torch.")
         self.num_blocks = _num_blocks(spec, model, self.max_model_len, dtype, device)
         self._cache = KVCache(model, self.num_blocks, config.block_size, dtype, device)

@@ -14,7 +14,7 @@ import torch
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
-from asyncscale.model.weights import load_weights
+from asyncscale.model.weights import read_weights
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "Llama", {"tie_word_embeddings": True}),
@@ -134,25 +134,25 @@ def test_a_quantized_file_is_near_to_its_folder(tmp_path: Path, make_model: Call
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     files = CheckpointFiles(name="q", format="gguf", path=str(tmp_path / "q.gguf"))
-    tensors = load_weights(files, ModelConfig.load(files), torch.float32).tensors
+    tensors = dict(read_weights(files, ModelConfig.load(files)))
     np.testing.assert_allclose(tensors["model.layers.0.mlp.up_proj.weight"], stored, atol=0.01)
 
 
 def test_a_missing_tensor_is_named_as_in_the_file(tmp_path: Path, make_model: Callable[..., Any]) -> None:
     files = _write(tmp_path / "m.gguf", "llama", make_model("Llama"), skip=("blk.2.ffn_gate.weight",))
     with pytest.raises(ModelLoadError, match=r"m\.gguf: tensor 'blk\.2\.ffn_gate\.weight' is missing"):
-        load_weights(files, ModelConfig.load(files), torch.float32)
+        next(read_weights(files, ModelConfig.load(files)))
 
 
 def test_a_tensor_that_the_architecture_does_not_have_is_named(tmp_path: Path, make_model: Callable[..., Any]) -> None:
     extra = {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
     files = _write(tmp_path / "m.gguf", "llama", make_model("Llama"), extra=extra)
     with pytest.raises(ModelLoadError, match=r"'blk\.0\.attn_q_norm\.weight' is not part of a LlamaForCausalLM"):
-        load_weights(files, ModelConfig.load(files), torch.float32)
+        next(read_weights(files, ModelConfig.load(files)))
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path, make_model: Callable[..., Any]) -> None:
     extra = {"output_norm.weight": np.ones(63, np.float32)}
     files = _write(tmp_path / "m.gguf", "llama", make_model("Llama"), skip=("output_norm.weight",), extra=extra)
     with pytest.raises(ModelLoadError, match=r"'output_norm\.weight' has the shape \(63,\), expected \(64,\)"):
-        load_weights(files, ModelConfig.load(files), torch.float32)
+        next(read_weights(files, ModelConfig.load(files)))

@@ -1,0 +1,187 @@
+"""A model's weights as the native kernels want them: which arrays there are, and how to fill them.
+
+::
+
+    specs = packed_specs(config, "int8")
+    tensors = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items()}
+    packer = Packer(config, "int8", tensors)
+    for name, values in read_weights(files, config):
+        packer.write(name, values)
+
+Linear layers are `layers.{i}.qkv` (queries, keys, values below one another), `.o`, `.gate_up` (in each panel first the
+gates, then the same outputs' ups) and `.down`, and `head`. Each is a `.weight` (see panels.py), a `.bias` where the
+model has one, and in int8 `.scales` and `.sums`: of each output, in the order of the packed outputs, zero in padding.
+`.down` has as many inputs as `.gate_up` has pairs, padding included. The others are `layers.{i}.input_norm`,
+`.post_attention_norm` and `.qk_norm` (a row for each query head, then for each key head), `norm`, and `embedding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncscale.checkpoint.model_config import ModelConfig
+from asyncscale.errors import ModelLoadError
+from asyncscale.model.panels import (
+    ELEMENT_TYPES,
+    OUTPUT_MULTIPLE,
+    Columns,
+    ElementType,
+    Float32,
+    PackedLinear,
+    encode,
+    round_up,
+)
+
+WeightFormat = Literal["float32", "bfloat16", "float16", "int8"]
+
+PACKING_VERSION = 1  # goes up with every change of what is packed, or how
+
+_INT8_EMBEDDING: WeightFormat = "bfloat16"
+_INT8_HEAD: WeightFormat = "int8"
+
+_NORMS = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_attention_norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An array to be. dtype: numpy's name of it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """What the parts of a packed linear layer have in common. num_inputs: padded for its element type."""
+
+    element: ElementType
+    num_outputs: int
+    num_inputs: int
+    bias: bool = False
+
+
+def head_format(weight_format: WeightFormat) -> WeightFormat:
+    """The format of the head in a model of `weight_format`."""
+    return _INT8_HEAD if weight_format == "int8" else weight_format
+
+
+def packed_specs(config: ModelConfig, weight_format: WeightFormat) -> dict[str, TensorSpec]:
+    """Name, type and shape of all packed arrays of a model."""
+    hidden = config.hidden_size
+    specs = {
+        "embedding": TensorSpec(_embedding_element(weight_format).dtype, (config.vocab_size, hidden)),
+        "norm": TensorSpec("float32", (hidden,)),
+    }
+    for index in range(config.num_layers):
+        for norm in _NORMS.values():
+            specs[f"layers.{index}.{norm}"] = TensorSpec("float32", (hidden,))
+        if config.qk_norm:
+            shape = (config.num_heads + config.num_kv_heads, config.head_dim)
+            specs[f"layers.{index}.qk_norm"] = TensorSpec("float32", shape)
+    for name, linear in _linears(config, weight_format).items():
+        specs |= {f"{name}.{part}": spec for part, spec in _linear_specs(linear)}
+    return specs
+
+
+class Packer:
+    """Writes a checkpoint's tensors into the arrays of `packed_specs`, which are zero; in any order, each once."""
+
+    def __init__(self, config: ModelConfig, weight_format: WeightFormat, tensors: dict[str, npt.NDArray[Any]]) -> None:
+        self._config = config
+        self._format = weight_format
+        self._tensors = tensors
+        self._linears = {
+            name: PackedLinear(tensors, name, linear.element, linear.num_inputs)
+            for name, linear in _linears(config, weight_format).items()
+        }
+        self._places = _places(config)
+
+    def write(self, name: str, values: Float32) -> None:
+        """name: Hugging Face's. Raises ModelLoadError where values are too large for the format."""
+        try:
+            self._write(name, np.ascontiguousarray(values))
+        except OverflowError as error:
+            raise ModelLoadError(f"tensor {name!r} cannot be {self._format}: {error}. Choose another dtype") from None
+
+    def _write(self, name: str, values: Float32) -> None:
+        module, kind = name.rsplit(".", 1)
+        if module == "model.embed_tokens":
+            self._write_embedding(values)
+        elif module == "lm_head":
+            self._linears["head"].write(values, Columns())
+        elif module == "model.norm":
+            self._tensors["norm"][:] = values
+        else:
+            _, _, index, part = module.split(".", 3)
+            self._write_part(f"layers.{index}", part, kind, values)
+
+    def _write_embedding(self, values: Float32) -> None:
+        element = _embedding_element(self._format)
+        packed = self._tensors["embedding"]
+        for start in range(0, len(values), 256):  # what fits a CPU's caches
+            packed[start : start + 256] = encode(values[start : start + 256], element.name)
+
+    def _write_part(self, layer: str, part: str, kind: str, values: Float32) -> None:
+        if norm := _NORMS.get(part):
+            self._tensors[f"{layer}.{norm}"][:] = values
+        elif part == "self_attn.q_norm":
+            self._tensors[f"{layer}.qk_norm"][: self._config.num_heads] = values
+        elif part == "self_attn.k_norm":
+            self._tensors[f"{layer}.qk_norm"][self._config.num_heads :] = values
+        else:
+            linear, columns = self._places[part]
+            packed = self._linears[f"{layer}.{linear}"]
+            (packed.write_bias if kind == "bias" else packed.write)(values, columns)
+
+
+def _embedding_element(weight_format: WeightFormat) -> ElementType:
+    return ELEMENT_TYPES[_INT8_EMBEDDING if weight_format == "int8" else weight_format]
+
+
+def _places(config: ModelConfig) -> dict[str, tuple[str, Columns]]:
+    """Of each linear layer in the checkpoint: which packed one it is part of, and where in it."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "self_attn.q_proj": ("qkv", Columns(0)),
+        "self_attn.k_proj": ("qkv", Columns(queries)),
+        "self_attn.v_proj": ("qkv", Columns(queries + keys)),
+        "self_attn.o_proj": ("o", Columns()),
+        "mlp.gate_proj": ("gate_up", Columns(half=0)),
+        "mlp.up_proj": ("gate_up", Columns(half=1)),
+        "mlp.down_proj": ("down", Columns()),
+    }
+
+
+def _linears(config: ModelConfig, weight_format: WeightFormat) -> dict[str, _Linear]:
+    element = ELEMENT_TYPES[weight_format]
+    head = ELEMENT_TYPES[head_format(weight_format)]
+    hidden, inner = config.hidden_size, round_up(config.intermediate_size, OUTPUT_MULTIPLE)
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = {
+        "qkv": _Linear(element, queries + 2 * keys, round_up(hidden, element.group), config.qkv_bias),
+        "o": _Linear(element, hidden, round_up(queries, element.group), config.o_bias),
+        "gate_up": _Linear(element, 2 * inner, round_up(hidden, element.group), config.mlp_bias),
+        "down": _Linear(element, hidden, inner, config.mlp_bias),
+    }
+    linears = {f"layers.{i}.{name}": linear for i in range(config.num_layers) for name, linear in layer.items()}
+    linears["head"] = _Linear(head, config.vocab_size, round_up(hidden, head.group))
+    return linears
+
+
+def _linear_specs(linear: _Linear) -> Iterator[tuple[str, TensorSpec]]:
+    num_outputs = round_up(linear.num_outputs, OUTPUT_MULTIPLE)
+    yield "weight", TensorSpec(linear.element.dtype, (num_outputs * linear.num_inputs,))
+    if linear.bias:
+        yield "bias", TensorSpec("float32", (num_outputs,))
+    if linear.element.name == "int8":
+        yield "scales", TensorSpec("float32", (num_outputs,))
+        yield "sums", TensorSpec("int32", (num_outputs,))

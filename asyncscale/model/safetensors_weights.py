@@ -1,0 +1,108 @@
+"""The tensors of a folder of safetensors files, mapped and widened to float32.
+
+The format: https://huggingface.co/docs/safetensors. The library checks a file's header; the data are read here, because
+numpy, which it would return them in, has no bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from asyncscale.checkpoint.model_config import ModelConfig
+from asyncscale.errors import ModelLoadError
+
+_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+# Tensors that some checkpoints hold besides the weights, and that are derived from the configuration.
+_DERIVED = ("rotary_emb.inv_freq", "masked_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in its file. dtype: the format's name of it. offset: of its first byte."""
+
+    path: str
+    buffer: mmap.mmap
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> npt.NDArray[np.float32]:
+        count = int(np.prod(self.shape))
+        values = np.frombuffer(self.buffer, _STORED[self.dtype], count, self.offset).reshape(self.shape)
+        if self.dtype == "BF16":  # the upper half of a float32's bits
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        exact: npt.NDArray[np.float32] = np.require(values, np.float32, "A")
+        return exact
+
+
+def read_safetensors(
+    folder: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Every tensor of `shapes`. Raises ModelLoadError, naming file and tensor, before the first one."""
+    found: dict[str, _Stored] = {}
+    for path in _files(folder):
+        for name, stored in _stored(path):
+            if name in shapes:
+                found[name] = _checked(stored, name, shapes[name])
+            elif not _is_ignorable(name, config):
+                raise ModelLoadError(f"{path}: tensor {name!r} is not part of a {config.architecture}")
+    missing = shapes.keys() - found.keys()
+    if missing:
+        raise ModelLoadError(f"{folder}: {len(missing)} tensors are missing, among them {min(missing)!r}")
+    for name in shapes:
+        yield name, found[name].read()
+
+
+def _files(folder: str) -> list[str]:
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        try:
+            with open(index, "rb") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelLoadError(f"cannot read {index} as an index of safetensors files: {error!r}") from error
+    else:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if not names:
+        raise ModelLoadError(f"{folder} holds no *.safetensors file")
+    paths = [os.path.join(folder, name) for name in names]
+    for path in paths:
+        if not os.path.exists(path):
+            raise ModelLoadError(f"{path}, which {index} lists, is missing")
+    return paths
+
+
+def _stored(path: str) -> Iterator[tuple[str, _Stored]]:
+    try:
+        with safe_open(path, "np"):  # raises unless header, offsets and the file's size fit
+            pass
+        with open(path, "rb") as file:
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelLoadError(f"cannot read {path} as a safetensors file (truncated?): {error}") from error
+    data = 8 + int.from_bytes(buffer[:8], "little")
+    for name, entry in json.loads(buffer[8:data]).items():
+        if name != "__metadata__":
+            yield name, _Stored(path, buffer, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
+
+
+def _checked(stored: _Stored, name: str, shape: tuple[int, ...]) -> _Stored:
+    if stored.shape != shape:
+        raise ModelLoadError(f"{stored.path}: tensor {name!r} has the shape {stored.shape}, expected {shape}")
+    if stored.dtype not in _STORED:
+        raise ModelLoadError(f"{stored.path}: tensor {name!r} is {stored.dtype}; supported are {', '.join(_STORED)}")
+    return stored
+
+
+def _is_ignorable(name: str, config: ModelConfig) -> bool:
+    tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
+    return tied_copy or name.endswith(_DERIVED)

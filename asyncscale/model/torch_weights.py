@@ -1,0 +1,39 @@
+"""A checkpoint's tensors as torch's, on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asyncscale.checkpoint.model_config import ModelConfig
+from asyncscale.config import CheckpointFiles
+from asyncscale.model.weights import Progress, read_rope_factors, read_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """tensors: by Hugging Face's names. rope_factors: float32[head_dim / 2], divisors of RoPE's frequencies (GGUF)."""
+
+    tensors: dict[str, Tensor]
+    rope_factors: Tensor | None = None
+
+
+def load_weights(
+    files: CheckpointFiles,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Weights:
+    """All tensors of `files`, in `dtype` on `device`; arguments and errors are read_weights'.
+
+    `lm_head.weight` is float32: bfloat16 logits are too coarse to rank (from 16 on 0.125 apart).
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, array in read_weights(files, config, progress):
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        tensors[name] = tensor.to(device, torch.float32 if name == "lm_head.weight" else dtype)
+    factors = read_rope_factors(files, config)
+    return Weights(tensors, None if factors is None else torch.from_numpy(factors))
