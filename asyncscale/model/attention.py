@@ -16,9 +16,9 @@ from torch import Tensor
 
 from asyncscale.engine.batch import Batch
 from asyncscale.kernels.attention import load_attention
-from asyncscale.model.kv_cache import KVCache
 from asyncscale.model.native_attention import NativeAttention
 from asyncscale.model.torch_attention import TorchAttention
+from asyncscale.model.torch_kv_cache import KVCache
 
 _log = logging.getLogger(__name__)
 

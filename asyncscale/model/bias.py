@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from asyncscale.engine.batch import Int32
 from asyncscale.params import Sampling
@@ -18,7 +18,9 @@ def is_biased(sampling: Sampling) -> bool:
     )
 
 
-def apply_bias(logits: Tensor, indices: Sequence[int], samplings: Sequence[Sampling], generated: list[Int32]) -> None:
+def apply_bias(
+    logits: npt.NDArray[np.float32], indices: Sequence[int], samplings: Sequence[Sampling], generated: list[Int32]
+) -> None:
     """Add to `logits` in place what `samplings` say, as vLLM does: logit_bias; stop tokens are banned before
     min_tokens; a bad word bans its last token where the generated tokens (not the prompt's) end with its others.
 
@@ -32,18 +34,17 @@ def apply_bias(logits: Tensor, indices: Sequence[int], samplings: Sequence[Sampl
     ]
     if entries:
         rows, token_ids, values = zip(*entries, strict=True)
-        at = torch.tensor(rows, device=logits.device), torch.tensor(token_ids, device=logits.device)
-        logits.index_put_(at, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+        np.add.at(logits, (rows, token_ids), np.array(values, np.float32))
 
 
 def _biases(sampling: Sampling, generated: Int32) -> Iterator[tuple[int, float]]:
     yield from sampling.logit_bias
     if len(generated) < sampling.min_tokens:
-        yield from ((token_id, -torch.inf) for token_id in sampling.stop_token_ids)
+        yield from ((token_id, -np.inf) for token_id in sampling.stop_token_ids)
     if sampling.bad_words_token_ids:
         longest = max(map(len, sampling.bad_words_token_ids))
         tail = tuple(generated[-longest:].tolist())
         for word in sampling.bad_words_token_ids:
             num_before = len(word) - 1
             if num_before <= len(tail) and tail[len(tail) - num_before :] == word[:-1]:
-                yield word[-1], -torch.inf
+                yield word[-1], -np.inf

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -32,8 +31,7 @@ def draw(probabilities: Float32, uniforms: Float64) -> Int64:
     if vocab_size % _BLOCK:
         probabilities = np.pad(probabilities, ((0, 0), (0, -vocab_size % _BLOCK)))
     blocks = probabilities.reshape(num_rows, -1, _BLOCK)
-    # torch's sum over a short last axis is ten times as fast as numpy's
-    block_sums = torch.from_numpy(blocks).sum(2).numpy()
+    block_sums = np.einsum("ijk->ij", blocks)  # four times as fast as sum(2)
     block, rest = _invert(block_sums.astype(np.float64), uniforms)
     token, _ = _invert(blocks[np.arange(num_rows), block].astype(np.float64), rest)
     return block * _BLOCK + token

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from asyncscale.engine.batch import Int32
 from asyncscale.messages import TokenLogprobs
+
+Float32 = npt.NDArray[np.float32]
 
 _CHUNK = 64  # rows whose log-probabilities are held at once
 _MIN_LISTED = 64  # so many are listed at least, so that equally likely ones can be put in order of token id
 
 
-def prompt_logprobs(logits: Tensor, token_ids: Int32, num_top: int) -> list[TokenLogprobs]:
+def prompt_logprobs(logits: Float32, token_ids: Int32, num_top: int) -> list[TokenLogprobs]:
     """Log-probabilities of `token_ids` (of a prompt) and of the `num_top` most likely tokens at each position.
 
-    logits: float[k, V], row i from the position before token_ids[i]. token_ids: int32[k]. One TokenLogprobs per row.
+    logits: float32[k, V], row i from the position before token_ids[i]. token_ids: int32[k]. One TokenLogprobs per row.
     """
     entries: list[TokenLogprobs] = []
     for start in range(0, len(token_ids), _CHUNK):
@@ -27,29 +27,39 @@ def prompt_logprobs(logits: Tensor, token_ids: Int32, num_top: int) -> list[Toke
     return entries
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Float32) -> Float32:
     """float32[k, V]: log-softmax of raw logits, before any processing, as vLLM reports it. Leaves `logits` alone."""
-    return torch.log_softmax(logits, 1, dtype=torch.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a row that holds no numbers is an error elsewhere
+        shifted = logits - logits.max(1, keepdims=True)
+        logprobs: Float32 = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return logprobs
 
 
-def token_logprobs(logprobs: Tensor, token_ids: npt.NDArray[np.integer], num_top: Int32) -> list[TokenLogprobs]:
+def token_logprobs(logprobs: Float32, token_ids: npt.NDArray[np.integer], num_top: Int32) -> list[TokenLogprobs]:
     """Of each row its chosen token first, then its `num_top` most likely ones, the lower id first among equals.
 
     logprobs: float32[k, V]. token_ids: integers[k]. num_top: int32[k].
     The rank of a token is 1 + the number of more likely ones.
     """
+    rows = np.arange(len(token_ids))
+    chosen = logprobs[rows, token_ids]
+    ranks = 1 + np.count_nonzero(logprobs > chosen[:, None], axis=1)
     most = int(num_top.max())
-    num_listed = min(max(most, _MIN_LISTED), logprobs.shape[1]) if most else 0
-    values, ids = (tensor.cpu().numpy() for tensor in logprobs.topk(num_listed, 1))
-    order = np.lexsort((ids, -values))[:, :most]
-    values, ids = np.take_along_axis(values, order, 1), np.take_along_axis(ids, order, 1)
-    everything = logprobs.cpu().numpy()
-    chosen = everything[np.arange(len(token_ids)), token_ids]
+    ids = _most_likely(logprobs, most)
+    values = np.take_along_axis(logprobs, ids, 1)
     return [
         TokenLogprobs(
-            [int(token_ids[i]), *ids[i, :num].tolist()],
-            [float(chosen[i]), *values[i, :num].tolist()],
-            1 + int(np.count_nonzero(everything[i] > chosen[i])),
+            [int(token_ids[i]), *ids[i, :num].tolist()], [float(chosen[i]), *values[i, :num].tolist()], int(ranks[i])
         )
         for i, num in enumerate(num_top.tolist())
     ]
+
+
+def _most_likely(logprobs: Float32, count: int) -> npt.NDArray[np.int64]:
+    """The ids of each row's `count` most likely tokens, in order; the lower id first among equals."""
+    num_listed = min(max(count, _MIN_LISTED), logprobs.shape[1])
+    if count < 1:
+        return np.empty((len(logprobs), 0), np.int64)
+    ids = np.argpartition(-logprobs, num_listed - 1, axis=1)[:, :num_listed]
+    order = np.lexsort((ids, -np.take_along_axis(logprobs, ids, 1)))[:, :count]
+    return np.take_along_axis(ids, order, 1)

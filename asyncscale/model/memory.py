@@ -5,13 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`, within the limits of the process's control groups."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+def available_memory() -> int:
+    """Bytes of main memory that can still be allocated, within the limits of the process's control groups."""
     return min(_system_memory(), *_cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
 
 

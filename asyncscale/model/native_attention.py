@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyncscale.engine.batch import Batch
 from asyncscale.kernels.attention import AttentionKernel, PlannedAttention
-from asyncscale.model.kv_cache import KVCache
+from asyncscale.model.torch_kv_cache import KVCache
 
 # Rows (tokens times the query heads that share a key head) computed together: they share the reading of keys and
 # values, and their sums stay in the second-level cache.

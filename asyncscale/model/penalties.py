@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from asyncscale.engine.batch import Int32
 from asyncscale.engine.request import Request
@@ -35,7 +34,7 @@ class RowPenalties:
         self.counts.extend(generated[self.counts.num_generated :])
 
 
-def apply_penalties(logits: Tensor, indices: Sequence[int], penalties: Sequence[RowPenalties]) -> None:
+def apply_penalties(logits: npt.NDArray[np.float32], indices: Sequence[int], penalties: Sequence[RowPenalties]) -> None:
     """Penalize tokens that occurred, in place.
 
     logits: float32[m, V]. indices: the rows of logits that the penalties belong to.
@@ -44,11 +43,11 @@ def apply_penalties(logits: Tensor, indices: Sequence[int], penalties: Sequence[
     logit -= count * frequency_penalty + (count > 0) * presence_penalty (OpenAI's API reference).
     """
     lengths = [len(row.counts.token_ids) for row in penalties]
-    token_ids = torch.from_numpy(np.concatenate([row.counts.token_ids for row in penalties])).to(logits.device)
-    count = torch.from_numpy(np.concatenate([row.counts.counts for row in penalties])).to(logits.device)
+    token_ids = np.concatenate([row.counts.token_ids for row in penalties])
+    count = np.concatenate([row.counts.counts for row in penalties]).astype(np.float32)
     factors = np.repeat(np.array([row.factors for row in penalties], np.float32), lengths, axis=0)
-    repetition, frequency, presence = torch.from_numpy(factors).to(logits.device).unbind(1)
-    at = torch.from_numpy(np.repeat(np.asarray(indices), lengths)).to(logits.device), token_ids
+    repetition, frequency, presence = factors.T
+    at = np.repeat(np.asarray(indices), lengths), token_ids
     values = logits[at]
-    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = np.where(values > 0, values / repetition, values * repetition)
     logits[at] = values - count * frequency - (count > 0) * presence

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from asyncscale.engine.batch import Int32, SequenceTable
 from asyncscale.engine.request import Request
@@ -20,6 +18,7 @@ from asyncscale.model.random_bits import uniforms
 from asyncscale.params import Sampling
 
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 
 _NO_LOGPROBS = -1
 _ROW = np.dtype(
@@ -57,6 +56,7 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._rows = np.zeros(max_num_seqs, _ROW)
+        self._only_greedy = np.zeros(max_num_seqs, np.bool_)
         self._samplings: dict[int, Sampling] = {}
         self._penalties: dict[int, RowPenalties] = {}
         self._invalid: dict[int, str] = {}
@@ -71,23 +71,32 @@ class Sampler:
             self._penalties[row] = RowPenalties(request, self._vocab_size)
         top_k = sampling.top_k if 0 < sampling.top_k < self._vocab_size else 0
         logprobs = _NO_LOGPROBS if sampling.logprobs is None else min(sampling.logprobs, self._vocab_size)
-        self._rows[row] = (
+        self._rows[row] = params = (
             not sampling.greedy, is_biased(sampling) and not error, is_penalized(sampling), sampling.seed % 2**64,
             sampling.temperature, top_k, sampling.top_p, sampling.min_p, logprobs,
         )  # fmt: skip
+        self._only_greedy[row] = not any(params[:3]) and logprobs == _NO_LOGPROBS
 
     def remove(self, row: int) -> None:
         """The request in `row` left. Nothing happens when there is none."""
         for by_row in (self._samplings, self._penalties, self._invalid):
             by_row.pop(row, None)
 
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Int32, table: SequenceTable) -> Sampled:
+    def sample(self, logits: Float32, rows: Int32, table: SequenceTable, positions: Int32 | None = None) -> Sampled:
         """The next token of each of `rows`.
 
         logits: float32[m, V]; overwritten. rows: int32[m]. table: as of before the step, so that the new token's
         position is table.num_tokens[row]. A row that has no token to choose is in `errors`; the others are unharmed.
+
+        positions: int32[m], of the new tokens, where they are not all the next: several drafts of a row are verified
+        at once. A row may then come several times, if nothing in its request looks at the tokens before or asks for
+        log-probabilities.
         """
+        if self._only_greedy[rows].all():
+            token_ids, highest = _argmax(logits)
+            return Sampled(token_ids.astype(np.int32), errors=self._errors(rows, highest))
+        if positions is None:
+            positions = table.num_tokens[rows]
         params = self._rows[rows]
         asked = np.flatnonzero(params["logprobs"] != _NO_LOGPROBS)
         raw = log_probabilities(_select(logits, asked)) if asked.size else None
@@ -97,7 +106,7 @@ class Sampler:
         errors = self._errors(rows, highest)
         random = np.flatnonzero(params["random"] & np.isfinite(highest))
         if random.size:
-            token_ids[random] = _draw(_select(logits, random), params[random], table.num_tokens[rows[random]])
+            token_ids[random] = _draw(_select(logits, random), params[random], positions[random])
 
         logprobs: dict[int, TokenLogprobs] = {}
         if raw is not None:
@@ -107,7 +116,7 @@ class Sampler:
             logprobs.pop(row, None)
         return Sampled(token_ids.astype(np.int32), logprobs, errors)
 
-    def _process(self, logits: Tensor, rows: Int32, params: npt.NDArray[np.void], table: SequenceTable) -> None:
+    def _process(self, logits: Float32, rows: Int32, params: npt.NDArray[np.void], table: SequenceTable) -> None:
         def generated(row: int) -> Int32:
             return table.token_ids[row, table.num_prompt_tokens[row] : table.num_tokens[row]]
 
@@ -123,34 +132,36 @@ class Sampler:
             apply_penalties(logits, penalized, penalties)
 
     def _errors(self, rows: Int32, highest: npt.NDArray[np.float32]) -> dict[int, str]:
-        errors = {int(rows[i]): _no_token(float(highest[i])) for i in np.flatnonzero(~np.isfinite(highest))}
+        bad = np.flatnonzero(~np.isfinite(highest)).tolist()
+        errors = {int(rows[i]): _no_token(float(highest[i])) for i in bad}
         if self._invalid:
             errors.update((row, self._invalid[row]) for row in rows.tolist() if row in self._invalid)
         return errors
 
 
-def _draw(logits: Tensor, params: npt.NDArray[np.void], positions: Int32) -> Int64:
+def _draw(logits: Float32, params: npt.NDArray[np.void], positions: Int32) -> Int64:
     """One token per row at random. logits: float32[r, V], overwritten. params: _ROW[r]. positions: int32[r]."""
-    temperature = torch.from_numpy(params["temperature"].copy()).to(logits.device)
-    probabilities = torch.softmax(logits.div_(temperature[:, None]), 1).cpu().numpy()
+    probabilities = _softmax(logits / params["temperature"][:, None])
     if np.any((params["top_k"] > 0) | (params["top_p"] < 1) | (params["min_p"] > 0)):
         least = thresholds(probabilities, params["top_k"], params["top_p"], params["min_p"])
         np.multiply(probabilities, probabilities >= least[:, None], out=probabilities)
     return draw(probabilities, uniforms(params["seed"], positions))
 
 
-def _argmax(logits: Tensor) -> tuple[Int64, npt.NDArray[np.float32]]:
+def _softmax(logits: Float32) -> Float32:
+    weights: Float32 = np.exp(logits - logits.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    return weights
+
+
+def _argmax(logits: Float32) -> tuple[Int64, Float32]:
     """The first highest logit of each row: where it is, and its value (not a number when the row holds such)."""
-    if logits.device.type == "cpu":
-        host = logits.numpy()
-        token_ids = host.argmax(1)  # ten times as fast as torch's
-        return token_ids, host[np.arange(len(host)), token_ids]
-    best = logits.argmax(1, keepdim=True)
-    return best[:, 0].cpu().numpy(), logits.gather(1, best)[:, 0].cpu().numpy()
+    token_ids = logits.argmax(1)
+    return token_ids, logits[np.arange(len(logits)), token_ids]
 
 
-def _select(logits: Tensor, indices: Int64) -> Tensor:
-    return logits if len(indices) == len(logits) else logits[torch.from_numpy(indices).to(logits.device)]
+def _select(logits: Float32, indices: Int64) -> Float32:
+    return logits if len(indices) == len(logits) else logits[indices]
 
 
 def _no_token(highest: float) -> str:

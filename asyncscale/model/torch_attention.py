@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from asyncscale.engine.batch import Batch
-from asyncscale.model.kv_cache import KVCache
+from asyncscale.model.torch_kv_cache import KVCache
 
 Int64 = npt.NDArray[np.int64]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
-from asyncscale.model.weights import Progress, read_rope_factors, read_weights
+from asyncscale.model.weights import Float32, Progress, read_rope_factors, read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Weights:
     """tensors: by Hugging Face's names. rope_factors: float32[head_dim / 2], divisors of RoPE's frequencies (GGUF)."""
 
     tensors: dict[str, Tensor]
-    rope_factors: Tensor | None = None
+    rope_factors: Float32 | None = None
 
 
 def load_weights(
@@ -35,5 +35,4 @@ def load_weights(
     for name, array in read_weights(files, config, progress):
         tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         tensors[name] = tensor.to(device, torch.float32 if name == "lm_head.weight" else dtype)
-    factors = read_rope_factors(files, config)
-    return Weights(tensors, None if factors is None else torch.from_numpy(factors))
+    return Weights(tensors, read_rope_factors(files, config))

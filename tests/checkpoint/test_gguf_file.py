@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncscale.checkpoint.gguf_file import GGUFFile
+from asyncscale.checkpoint.gguf_types import TYPES
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
 
@@ -34,6 +36,12 @@ def test_metadata_has_pythons_own_values(gguf_path: Path) -> None:
     assert metadata["tokenizer.ggml.tokens"] == ["é", "bc", "\u2581d"]
 
 
+def test_tensor_types_are_those_of_the_gguf_package() -> None:
+    assert {kind: (type_.name, type_.block_size, type_.block_bytes) for kind, type_ in TYPES.items()} == {
+        int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()
+    }
+
+
 def test_tensors_are_dequantized_as_ggufs_own_reader_does(gguf_path: Path) -> None:
     tensors = GGUFFile(gguf_path).tensors
     reference = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_path).tensors}
@@ -42,7 +50,7 @@ def test_tensors_are_dequantized_as_ggufs_own_reader_does(gguf_path: Path) -> No
         values = tensor.dequantize()
         expected = gguf.quants.dequantize(reference[name].data, reference[name].tensor_type)
         assert tensor.shape == values.shape == (4, 256)
-        assert tensor.type is gguf.GGMLQuantizationType[name]
+        assert tensor.type.name == name
         assert values.dtype == np.float32
         np.testing.assert_array_equal(values, expected)
         values += 1  # a copy of its own, not the file
@@ -78,6 +86,9 @@ def test_a_damaged_header_is_read_or_refused_but_never_crashes(gguf_path: Path, 
         file = GGUFFile(damaged)
     except ModelLoadError:
         return
+    for key in file.metadata:
+        with contextlib.suppress(ModelLoadError):  # a string that is not UTF-8
+            assert file.metadata[key] is file.metadata[key]
     for tensor in file.tensors.values():
         assert tensor.name
         assert tensor._raw.nbytes <= len(content)
@@ -98,6 +109,27 @@ def test_a_bad_header_is_named(gguf_path: Path, offset: int, replacement: bytes,
     gguf_path.write_bytes(content[:offset] + replacement + content[offset + len(replacement) :])
     with pytest.raises(ModelLoadError, match=reason):
         GGUFFile(gguf_path)
+
+
+def test_a_vocabulary_is_read_when_it_is_asked_for_and_its_damage_is_named_then(gguf_path: Path) -> None:
+    gguf_path.write_bytes(gguf_path.read_bytes().replace("é".encode(), b"\xff\xfe"))
+    metadata = GGUFFile(gguf_path).metadata
+    assert metadata["general.architecture"] == "llama"
+    assert "tokenizer.ggml.tokens" in metadata
+    with pytest.raises(ModelLoadError, match=rf"{gguf_path}.*not UTF-8"):
+        metadata["tokenizer.ggml.tokens"]
+
+
+@pytest.mark.parametrize("length", [2**40, 2**64 - 1])
+def test_a_string_of_a_vocabulary_that_is_too_long_is_refused_at_once(gguf_path: Path, length: int) -> None:
+    content = gguf_path.read_bytes()
+    for text in ("é", "\u2581d"):
+        raw = text.encode()
+        as_stored = len(raw).to_bytes(8, "little") + raw
+        assert content.count(as_stored) == 1
+        gguf_path.write_bytes(content.replace(as_stored, length.to_bytes(8, "little") + raw))
+        with pytest.raises(ModelLoadError, match=r"truncated or damaged: a string"):
+            GGUFFile(gguf_path)
 
 
 def test_an_unknown_tensor_type_is_refused(gguf_path: Path) -> None:

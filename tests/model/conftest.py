@@ -14,7 +14,7 @@ import transformers
 from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch, SequenceTable, StepResult
 from asyncscale.engine.request import Request
-from asyncscale.model.torch_runner import TorchRunner
+from asyncscale.model.runner import ModelRunner
 from asyncscale.params import Sampling
 
 BLOCK_SIZE = 4
@@ -27,7 +27,7 @@ class Driver:
     more sequences begin with each step, so that later ones compute their prompts while earlier ones decode.
     """
 
-    def __init__(self, runner: TorchRunner, max_num_seqs: int, seed: int = 0) -> None:
+    def __init__(self, runner: ModelRunner, max_num_seqs: int, seed: int = 0) -> None:
         self.runner = runner
         self.table = SequenceTable(max_num_seqs, runner.max_model_len, BLOCK_SIZE)
         self.logprobs: list[list[list[float]]] = []
@@ -124,13 +124,13 @@ def save(tmp_path: Path) -> Callable[..., CheckpointFiles]:
 
 
 @pytest.fixture
-def make_runner() -> Callable[..., TorchRunner]:
+def make_runner() -> Callable[..., ModelRunner]:
     """A float32 runner of checkpoint files; keywords go to EngineConfig."""
 
-    def make(files: CheckpointFiles, **config: Any) -> TorchRunner:
+    def make(files: CheckpointFiles, **config: Any) -> ModelRunner:
         options: dict[str, Any] = {"dtype": "float32", "block_size": BLOCK_SIZE, "num_kv_blocks": 512}
         options |= {"threads_per_engine": 1} | config
-        return TorchRunner(
+        return ModelRunner(
             EngineSpec(
                 engine_id=0, incarnation=0, num_engines=1, folder="", model=files,
                 config=EngineConfig(**options),

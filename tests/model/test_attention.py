@@ -27,12 +27,12 @@ def test_the_kernel_is_used_where_it_was_built(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     files = save(make_model("Llama"))
-    used = make_runner(files)._attention
+    used = make_runner(files)._decoder._attention
     assert isinstance(used, TorchAttention if load_attention() is None else NativeAttention)
     caplog.clear()
     monkeypatch.setattr(attention, "load_attention", lambda: None)
     with caplog.at_level(logging.WARNING):
-        assert isinstance(make_runner(files)._attention, TorchAttention)
+        assert isinstance(make_runner(files)._decoder._attention, TorchAttention)
     assert [record.message for record in caplog.records if "native kernels" in record.message] != []
 
 
@@ -73,13 +73,13 @@ def test_bfloat16_scores_are_not_rounded(
     elif load_attention() is None:
         pytest.skip("the kernel was not built")
     runner = make_runner(save(make_model("Llama", head_dim=64, num_key_value_heads=4)), dtype="bfloat16")
-    cache, queries = runner._cache, torch.full((1, 4, 64), 4.0, dtype=torch.bfloat16)
+    cache, queries = runner._decoder._cache, torch.full((1, 4, 64), 4.0, dtype=torch.bfloat16)
     cache.data[:, 0] = 4.0
     cache.data[:, 0, :, :, 1, 0] = 4.03125  # scores 128 and 128.015625, of bfloat16's 128 and 129
     cache.data[:, 1, :, :, 0], cache.data[:, 1, :, :, 1] = 1.0, -1.0
     table = SequenceTable(1, 8, 4)
     table.num_tokens[0], table.num_computed_tokens[0] = 2, 1
     decode = Batch(table, np.zeros(1, np.int32), np.ones(1, np.int32))
-    attended = runner._attention.plan(decode, None).attend(0, queries)
+    attended = runner._decoder._attention.plan(decode, None).attend(0, queries)
     expected = torch.tensor([0.0, 4.0 * 0.03125 / 8]).softmax(0) @ torch.tensor([1.0, -1.0])
     torch.testing.assert_close(attended.float(), expected.expand(1, 4, 64), rtol=2**-8, atol=1e-6)

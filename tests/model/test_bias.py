@@ -21,7 +21,7 @@ generated_ids = st.lists(st.integers(0, V - 1), max_size=8)
 
 def processed(generated, **sampling):
     logits = torch.arange(V, dtype=torch.float32)[None] - 2
-    apply_bias(logits, [0], [Sampling(max_tokens=99, **sampling)], [np.array(generated, np.int32)])
+    apply_bias(logits.numpy(), [0], [Sampling(max_tokens=99, **sampling)], [np.array(generated, np.int32)])
     return logits
 
 
@@ -68,7 +68,7 @@ def test_no_bias_lifts_a_ban():
 def test_each_row_of_a_batch_has_its_own():
     logits = torch.zeros(3, V)
     samplings = [Sampling(max_tokens=9, logit_bias=((1, 2.5),)), Sampling(max_tokens=9, bad_words_token_ids=((3,),))]
-    apply_bias(logits, [2, 0], samplings, [np.zeros(0, np.int32)] * 2)
+    apply_bias(logits.numpy(), [2, 0], samplings, [np.zeros(0, np.int32)] * 2)
     expected = torch.zeros(3, V)
     expected[2, 1], expected[0, 3] = 2.5, -torch.inf
     assert torch.equal(logits, expected)

@@ -32,7 +32,7 @@ def test_repetition_penalty_is_that_of_transformers_over_prompt_and_output(promp
     logits = random_logits()
     history = torch.tensor([[*prompt, *generated]], dtype=torch.long)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(history, logits.clone())
-    apply_penalties(logits, [0], [penalties_of(prompt, generated, repetition_penalty=penalty)])
+    apply_penalties(logits.numpy(), [0], [penalties_of(prompt, generated, repetition_penalty=penalty)])
     torch.testing.assert_close(logits, expected)
 
 
@@ -45,7 +45,7 @@ def test_frequency_and_presence_penalty_count_generated_tokens_only(prompt, gene
     seen = np.isin(np.arange(V), [*prompt, *generated])
     expected = np.where(seen, np.where(expected > 0, expected / repetition, expected * repetition), expected)
     expected -= 0.25 * counts - 1.5 * (counts > 0)
-    apply_penalties(logits, [0], [penalties_of(prompt, generated, **sampling)])
+    apply_penalties(logits.numpy(), [0], [penalties_of(prompt, generated, **sampling)])
     np.testing.assert_allclose(logits[0].numpy(), expected, atol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_each_row_of_a_batch_has_its_own_penalties_and_others_none():
     logits = random_logits(4)
     before = logits.clone()
     rows = [penalties_of([], [5] * 3, frequency_penalty=1.0), penalties_of([7, 8], [9], presence_penalty=0.5)]
-    apply_penalties(logits, [3, 1], rows)
+    apply_penalties(logits.numpy(), [3, 1], rows)
     changed = {(i, j): (before - logits)[i, j].item() for i, j in (before != logits).nonzero().tolist()}
     assert changed.keys() == {(3, 5), (1, 9)}
     np.testing.assert_allclose([changed[3, 5], changed[1, 9]], [3.0, 0.5], atol=1e-5)
@@ -81,13 +81,13 @@ def test_each_row_of_a_batch_has_its_own_penalties_and_others_none():
 def test_prompt_tokens_beyond_the_vocabulary_have_no_logit_to_penalize():
     logits = random_logits()
     expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[4]]), logits.clone())
-    apply_penalties(logits, [0], [penalties_of([4, V, V + 9], [], repetition_penalty=1.5)])
+    apply_penalties(logits.numpy(), [0], [penalties_of([4, V, V + 9], [], repetition_penalty=1.5)])
     torch.testing.assert_close(logits, expected)
 
 
 def test_banned_tokens_stay_banned():
     logits = torch.full((1, V), -torch.inf)
-    apply_penalties(logits, [0], [penalties_of([1], [2], repetition_penalty=1.5, frequency_penalty=-2.0)])
+    apply_penalties(logits.numpy(), [0], [penalties_of([1], [2], repetition_penalty=1.5, frequency_penalty=-2.0)])
     assert (logits == -torch.inf).all()
 
 

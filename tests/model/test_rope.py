@@ -12,9 +12,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from asyncscale.checkpoint.rope_config import RopeConfig
-from asyncscale.model.rope import RotaryEmbedding, rotate
+from asyncscale.model.rope import RotaryEmbedding
+from asyncscale.model.torch_decoder import rotate
 
 HEAD_DIM = 128
+HALF = HEAD_DIM // 2
 CPU = torch.device("cpu")
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-3.1": {
@@ -52,19 +54,32 @@ def _config(parameters: dict[str, Any], max_position_embeddings: int = 32768) ->
 
 def _ours(parameters: dict[str, Any], max_position_embeddings: int = 32768) -> RotaryEmbedding:
     config = {"max_position_embeddings": max_position_embeddings, "rope_parameters": parameters}
-    return RotaryEmbedding(RopeConfig.parse(config, "test"), HEAD_DIM, CPU, None)
+    return RotaryEmbedding(RopeConfig.parse(config, "test"), HEAD_DIM, None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_angles_are_those_of_transformers(name: str) -> None:
-    positions = torch.tensor([0, 1, 7, 100, 4095, 8192, 30000])
+    positions = np.array([0, 1, 7, 100, 4095, 8192, 30000])
     theirs = LlamaRotaryEmbedding(_config(PUBLISHED[name]))
-    cos, sin = theirs(torch.zeros(1, dtype=torch.float32), positions[None])
+    cos, sin = (part[0, :, :HALF] for part in theirs(torch.zeros(1), torch.from_numpy(positions)[None]))
     our_cos, our_sin = _ours(PUBLISHED[name]).cos_sin(positions, positions + 1)
+    assert our_cos.dtype == our_sin.dtype == np.float32
     # float32 angles of 30,000 differ in the last bit by 2e-3
-    np.testing.assert_allclose(our_cos[:, 0], cos[0], atol=4e-3)
-    np.testing.assert_allclose(our_sin[:, 0].abs(), sin[0].abs(), atol=4e-3)
-    np.testing.assert_allclose(our_cos[:4, 0], cos[0, :4], atol=2e-5)
+    np.testing.assert_allclose(our_cos, cos, atol=4e-3)
+    np.testing.assert_allclose(our_sin, sin, atol=4e-3)
+    np.testing.assert_allclose(our_cos[:4], cos[:4], atol=2e-5)
+    np.testing.assert_allclose(our_sin[:4], sin[:4], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["default", "deepseek-yarn"])
+def test_angles_do_not_depend_on_the_positions_before(name: str) -> None:
+    together, rotary = _ours(PUBLISHED[name]), _ours(PUBLISHED[name])
+    positions = np.array([5, 1023, 1024, 30000, 5000, 2])
+    cos, sin = together.cos_sin(positions, positions + 1)
+    for i, position in enumerate(positions):
+        alone = rotary.cos_sin(np.array([position]), np.array([position + 1]))
+        assert np.array_equal(cos[i], alone[0][0])
+        assert np.array_equal(sin[i], alone[1][0])
 
 
 def test_rotation_is_that_of_transformers() -> None:
@@ -73,7 +88,7 @@ def test_rotation_is_that_of_transformers() -> None:
     positions = torch.tensor([0, 3, 9, 10, 200])
     cos, sin = LlamaRotaryEmbedding(_config(PUBLISHED["default"]))(heads, positions[None])
     theirs, _ = apply_rotary_pos_emb(heads.transpose(0, 1)[None], heads.transpose(0, 1)[None], cos, sin)
-    ours = rotate(heads, *_ours(PUBLISHED["default"]).cos_sin(positions, positions + 1))
+    ours = rotate(heads, *_angles(positions.numpy()))
     np.testing.assert_allclose(ours, theirs[0].transpose(0, 1), atol=1e-5)
 
 
@@ -82,22 +97,26 @@ def test_dynamic_frequencies_follow_each_tokens_length(length: int) -> None:
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](_config(parameters, 2048), CPU, seq_len=length)
     # Another token of the batch belongs to a longer sequence.
-    cos, _ = _ours(parameters, 2048).cos_sin(torch.tensor([3, 3]), torch.tensor([length, 9000]))
-    np.testing.assert_allclose(cos[0, 0, : HEAD_DIM // 2], (3 * frequencies).cos(), atol=1e-6)
-    assert not torch.equal(cos[0], cos[1])
+    cos, _ = _ours(parameters, 2048).cos_sin(np.array([3, 3]), np.array([length, 9000]))
+    np.testing.assert_allclose(cos[0], (3 * frequencies).cos(), atol=1e-6)
+    assert not np.array_equal(cos[0], cos[1])
 
 
 def test_frequency_factors_divide_the_frequencies() -> None:
     config = RopeConfig.parse({"max_position_embeddings": 64, "rope_theta": 1e4}, "test")
-    factors = torch.linspace(1, 8, HEAD_DIM // 2)
-    position = torch.tensor([1])
-    cos, _ = RotaryEmbedding(config, HEAD_DIM, CPU, factors).cos_sin(position, position)
-    expected = (1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM) / factors).cos()
-    np.testing.assert_allclose(cos[0, 0, : HEAD_DIM // 2], expected, atol=1e-6)
+    factors = np.linspace(1, 8, HALF, dtype=np.float32)
+    position = np.array([1])
+    cos, _ = RotaryEmbedding(config, HEAD_DIM, factors).cos_sin(position, position)
+    expected = np.cos(1e4 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM) / factors)
+    np.testing.assert_allclose(cos[0], expected, atol=1e-6)
 
 
 def test_bfloat16_heads_are_rotated_in_float32_and_rounded_once() -> None:
-    positions = torch.arange(200)
-    cos, sin = _ours(PUBLISHED["default"]).cos_sin(positions, positions + 1)
-    heads = torch.randn(200, 3, cos.shape[-1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    cos, sin = _angles(np.arange(200))
+    heads = torch.randn(200, 3, HEAD_DIM, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(rotate(heads, cos, sin), rotate(heads.float(), cos, sin).bfloat16())
+
+
+def _angles(positions: np.ndarray) -> list[torch.Tensor]:
+    """What torch's `rotate` takes."""
+    return [torch.from_numpy(part)[:, None] for part in _ours(PUBLISHED["default"]).cos_sin(positions, positions + 1)]

@@ -32,10 +32,11 @@ class Batch:
         self.sampler.add(row, Request(b"", row, known, len(prompt), Sampling(max_tokens=400, **sampling)))
         return self
 
-    def sample(self, logits, rows):
+    def sample(self, logits, rows, positions=None):
         rows = np.array(rows, np.int32)
-        sampled = self.sampler.sample(torch.as_tensor(logits, dtype=torch.float32).clone(), rows, self.table)
-        for row, token_id in zip(rows, sampled.token_ids, strict=True):
+        logits = torch.as_tensor(logits, dtype=torch.float32).clone().numpy()
+        sampled = self.sampler.sample(logits, rows, self.table, positions)
+        for row, token_id in zip(rows if positions is None else (), sampled.token_ids, strict=positions is None):
             self.table.token_ids[row, self.table.num_tokens[row]] = token_id
             self.table.num_tokens[row] += 1
         return sampled
@@ -280,6 +281,16 @@ def test_tiny_differences_of_the_logits_hardly_ever_change_a_draw():
         noise = rng.normal(0, 1e-6, logits.shape).astype(np.float32)
         differ += (batch.sample(logits, range(64)).token_ids != noisy.sample(logits + noise, range(64)).token_ids).sum()
     assert differ == 0
+
+
+def test_several_positions_of_a_row_are_drawn_at_once_as_one_after_the_other():
+    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 5}
+    batch, together = Batch().add(3, **sampling), Batch().add(3, **sampling)
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(0))
+    expected = [int(batch.sample(row[None], [3]).token_ids[0]) for row in logits]
+    assert len(set(expected)) > 3
+    positions = np.arange(6, dtype=np.int32) + 3
+    assert together.sample(logits, [3] * 6, positions).token_ids.tolist() == expected
 
 
 # --- rows that cannot be sampled

@@ -1,4 +1,4 @@
-"""The paged cache of keys and values."""
+"""The paged cache of keys and values in torch tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from torch import Tensor
 
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.errors import ModelLoadError
-
-
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one block: keys and values of `block_size` tokens in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
 
 
 class KVCache:

@@ -1,4 +1,4 @@
-"""The torch runner: what it says about itself, how it sizes its cache, and its results batch by batch."""
+"""The runner: what it says about itself, how it sizes its cache, and its results batch by batch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch, SequenceTable
 from asyncscale.engine.request import Request
 from asyncscale.errors import ModelLoadError
-from asyncscale.model import torch_runner
-from asyncscale.model.torch_runner import TorchRunner
+from asyncscale.model import torch_decoder
+from asyncscale.model.runner import ModelRunner
 from asyncscale.params import Sampling
 
 BLOCK_SIZE = 4
@@ -59,7 +59,7 @@ def test_progress_is_reported_for_weights_and_warm_up(files: CheckpointFiles) ->
     reports: list[tuple[str, float]] = []
     config = EngineConfig(dtype="float32", block_size=BLOCK_SIZE, num_kv_blocks=8, threads_per_engine=1)
     spec = EngineSpec(engine_id=0, incarnation=0, num_engines=1, folder="", model=files, config=config)
-    TorchRunner(spec, lambda stage, fraction: reports.append((stage, fraction)))
+    ModelRunner(spec, lambda stage, fraction: reports.append((stage, fraction)))
     assert ("weights", 1.0) in reports
     assert reports[-1] == ("warm-up", 1.0)
 
@@ -144,10 +144,10 @@ def test_the_cache_is_no_larger_than_its_sequences_can_use(
 def test_a_fraction_of_free_memory_is_divided_over_engines(
     files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_runner, "available_memory", lambda device: 100 * BLOCK_BYTES)
+    monkeypatch.setattr(torch_decoder, "available_memory", lambda: 100 * BLOCK_BYTES)
     config = EngineConfig(dtype="float32", block_size=BLOCK_SIZE, kv_cache_memory_fraction=0.4, threads_per_engine=1)
     spec = EngineSpec(engine_id=0, incarnation=0, num_engines=2, folder="", model=files, config=config)
-    assert TorchRunner(spec).num_blocks == 20
+    assert ModelRunner(spec).num_blocks == 20
 
 
 def test_too_little_memory_for_a_block_is_refused_with_both_numbers(
@@ -222,5 +222,5 @@ def test_usable_cpus_are_divided_over_engines(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cpus)))
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     config = EngineConfig(dtype="float32", block_size=BLOCK_SIZE, num_kv_blocks=8)
-    TorchRunner(EngineSpec(engine_id=0, incarnation=0, num_engines=num_engines, folder="", model=files, config=config))
+    ModelRunner(EngineSpec(engine_id=0, incarnation=0, num_engines=num_engines, folder="", model=files, config=config))
     assert asked == [expected]
