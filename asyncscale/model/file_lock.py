@@ -28,7 +28,7 @@ def exclusive_file(path: Path) -> Iterator[int]:
 def remove_unless_used(path: Path) -> bool:
     """Removes a file on which nobody holds a lock. Whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks exclusively only what is open for writing
     except OSError:
         return not path.exists()
     try:
