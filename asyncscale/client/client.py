@@ -490,7 +490,8 @@ class AsyncScaleClient:
 
             await client.collective_rpc("kv_cache_stats")
 
-        Methods: kv_cache_stats, reset_prefix_cache, profile(is_start), pause, drain, resume, process_info.
+        Methods: kv_cache_stats, reset_prefix_cache, profile(is_start), pause, drain, resume, process_info,
+        speculation_stats.
         Arguments and results are plain values (numbers, strings, lists, dicts). Calls of all clients reach all engines
         in one order. timeout: seconds to wait for the results; what was sent runs all the same.
         Raises EngineError when an engine refuses or fails, EngineDeadError when one dies before it answers,
