@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import inspect
 import os
 import signal
 from typing import Any
@@ -91,3 +93,26 @@ async def test_leaving_in_the_middle_of_guesses_frees_the_engine() -> None:
         [stats] = await client.collective_rpc("kv_cache_stats")
         assert stats["free_blocks"] == stats["num_blocks"]
         assert await accepted(client) > 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+async def test_a_real_model_says_bit_by_bit_the_same(quantization: Any) -> None:
+    library = pytest.importorskip("asyncscale.kernels.library", reason="only native kernels can check guesses")
+    if library.load_library() is None:
+        pytest.skip("only native kernels can check guesses")
+    code = inspect.getsource(heapq.merge)[-900:]
+    message = {"role": "user", "content": f"Repeat this code as it is:\n\n```python\n{code}\n```"}
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.7, "seed": 1},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 2},
+        {"temperature": 0, "logprobs": 2},
+    ]
+    texts = {}
+    for speculation in ("off", "ngram"):
+        async with AsyncScaleClient(num_engines=1, quantization=quantization, speculation=speculation) as client:
+            answers = [client.chat([message], max_tokens=100, ignore_eos=True, **kind) for kind in kinds]
+            texts[speculation] = [completion.choices for completion in await asyncio.gather(*answers)]
+            assert (await accepted(client) > 0) == (speculation == "ngram")
+    assert texts["ngram"] == texts["off"]
