@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles, DType, EngineSpec
+from asyncscale.memory import available_memory
 from asyncscale.model.attention import AttentionPlan, make_attention
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
-from asyncscale.model.memory import available_memory
 from asyncscale.model.threads import num_threads
 from asyncscale.model.torch_kv_cache import KVCache
 from asyncscale.model.torch_linear import Linear
