@@ -19,6 +19,7 @@ from asyncscale.model.logprobs import prompt_logprobs
 from asyncscale.model.rope import RotaryEmbedding
 from asyncscale.model.sampler import Sampler
 from asyncscale.params import Sampling
+from asyncscale.progress import Progress
 
 # Prompt positions whose logits are held at once: 25 MB for a vocabulary of 50,000.
 _LOGITS_ROWS = 128
@@ -57,12 +58,12 @@ class ModelRunner:
         report("warm-up", 1.0)
 
     @property
-    def tick(self) -> Callable[[], None]:
-        return self._decoder.tick
+    def progress(self) -> Progress:
+        return self._decoder.progress
 
-    @tick.setter
-    def tick(self, tick: Callable[[], None]) -> None:
-        self._decoder.tick = tick
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._decoder.progress = progress
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on."""
@@ -121,7 +122,7 @@ class ModelRunner:
             part = token_ids[begin : begin + _LOGITS_ROWS]
             logits = self._decoder.logits(first_token + begin + np.arange(len(part)))
             result += prompt_logprobs(logits, part, self._prompt_logprobs[row])
-            self.tick()
+            self.progress.tick()
         return result
 
     def _warm_up(self, config: EngineConfig) -> None:
