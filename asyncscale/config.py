@@ -81,6 +81,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         instead of both.
     enable_prefix_caching: reuse the KV blocks of a prompt's beginning that an earlier request computed.
     threads_per_engine: compute threads of each engine; None divides the usable cores over the engines.
+    pin_engines: bind each engine to cores of its own where engines divide the usable ones among them.
     speculation: guess the next tokens from where the text repeats itself, and check the guesses in one step. Tokens are
         the same with and without. "auto" does so where it pays (few requests, guesses that come true), "ngram" whenever
         there is something to guess.
@@ -97,6 +98,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_kv_blocks: int | None = None
     enable_prefix_caching: bool = True
     threads_per_engine: int | None = None
+    pin_engines: bool = True
     speculation: Speculation = "auto"
     num_speculative_tokens: int = 8
 
@@ -124,6 +126,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: private to the owner and its engines, for sockets and logs; it is gone when they are.
     tcp: where it listens instead of in the folder, and with which keys: so a spec goes over private pipes only.
+    cpus: which it runs on; empty: on those that its owner may use.
     """
 
     engine_id: int
@@ -133,6 +136,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSource
     config: EngineConfig
     tcp: TcpBinding | None = None
+    cpus: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

@@ -46,7 +46,7 @@ class GGUFTensor:
         except NotImplementedError as error:
             raise ModelLoadError(f"tensor {self.name!r} is of type {self.type.name}, which is not supported") from error
         values = values.reshape(self.shape)
-        return values if values.flags.owndata and values.flags.writeable else np.array(values)
+        return values if values.flags.writeable else values.copy()  # of a type that is not quantized: the file itself
 
 
 class GGUFFile:

@@ -23,6 +23,7 @@ from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
+from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.progress import StartProgress
@@ -32,6 +33,7 @@ from asyncscale.client.state import State, wrong_state
 from asyncscale.client.submission import Submission
 from asyncscale.client.supervisor import Launch
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
+from asyncscale.cpus import usable_cpus
 from asyncscale.errors import (
     ClientClosedError,
     ClientStateError,
@@ -100,7 +102,7 @@ class AsyncScaleClient:
         if host is not None and not isinstance(host, str):
             raise TypeError(f"host must be a string or None, got {type(host).__name__}")
         self._model = model
-        self._num_engines = auto_num_engines() if num_engines == "auto" else num_engines
+        self._num_engines = num_engines
         self._config = engine_config(options)
         self._start_timeout = start_timeout
         self._max_restarts = max_restarts
@@ -184,7 +186,9 @@ class AsyncScaleClient:
 
     async def _start_owned(self) -> None:
         started = time.monotonic()
-        with StartProgress(self._num_engines, self._progress) as progress:
+        cpus = usable_cpus()
+        num_engines = auto_num_engines(cpus) if self._num_engines == "auto" else self._num_engines
+        with StartProgress(num_engines, self._progress) as progress:
             source: ModelSource
             if isinstance(self._model, SimulatedModel):
                 source = self._model
@@ -194,7 +198,7 @@ class AsyncScaleClient:
             launch = Launch(
                 source,
                 self._config,
-                self._num_engines,
+                place_engines(cpus, num_engines, self._config.threads_per_engine, self._config.pin_engines),
                 self._start_timeout,
                 progress.on_loading,
                 self._max_restarts,
@@ -212,7 +216,7 @@ class AsyncScaleClient:
         facts = self._submission.facts
         logger.info(
             "%d engines ready in %.1f s: %s, %s, context %d tokens, KV cache %d blocks of %d tokens each; attach at %s",
-            self._num_engines,
+            num_engines,
             time.monotonic() - started,
             source.name if isinstance(source, CheckpointFiles) else "simulated model",
             facts.dtype,
@@ -486,7 +490,8 @@ class AsyncScaleClient:
 
             await client.collective_rpc("kv_cache_stats")
 
-        Methods: kv_cache_stats, reset_prefix_cache, profile(is_start), pause, drain, resume, process_info.
+        Methods: kv_cache_stats, reset_prefix_cache, profile(is_start), pause, drain, resume, process_info,
+        speculation_stats.
         Arguments and results are plain values (numbers, strings, lists, dicts). Calls of all clients reach all engines
         in one order. timeout: seconds to wait for the results; what was sent runs all the same.
         Raises EngineError when an engine refuses or fails, EngineDeadError when one dies before it answers,

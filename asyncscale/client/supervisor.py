@@ -6,15 +6,18 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+
+import msgspec
 
 from asyncscale import messages, progress, transport
 from asyncscale.address import TcpBinding
 from asyncscale.client import child_process
 from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.hang_detector import HangDetector
+from asyncscale.client.placement import Place
 from asyncscale.client.restarts import RestartHistory
 from asyncscale.client.spawn import start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
@@ -43,13 +46,14 @@ DeathCallback = Callable[[EngineProcess, EngineError, bool], None]
 class Launch:
     """Which engines to start, and how often again.
 
+    places: one for each engine; who is started again goes back there.
     timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done.
     max_restarts, hang_timeout: see AsyncScaleClient. tcp: where they listen; None: in the private folder.
     """
 
     model: ModelSource
     config: EngineConfig
-    num_engines: int
+    places: Sequence[Place]
     timeout: float
     on_loading: LoadingCallback
     max_restarts: int
@@ -78,7 +82,7 @@ class Supervisor:
         self.folder = transport.choose_runtime_folder()
         self._has_folder = False
         self.engines: dict[int, EngineProcess] = {}
-        self._histories = {i: RestartHistory(launch.max_restarts) for i in range(launch.num_engines)}
+        self._histories = {i: RestartHistory(launch.max_restarts) for i in range(len(launch.places))}
         self._last_errors: dict[int, str] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}  # per engine that is not ready: its next start, or its limit
         self._looking: asyncio.TimerHandle | None = None
@@ -89,7 +93,7 @@ class Supervisor:
 
     def spawn(self) -> None:
         """Start all engines at once, and make their folder."""
-        for engine_id in range(self._launch.num_engines):
+        for engine_id in range(len(self._launch.places)):
             self._starting[engine_id] = self._loop.create_future()
             self._start_engine(engine_id, 0)
 
@@ -108,14 +112,16 @@ class Supervisor:
             self._look_later()
 
     def _start_engine(self, engine_id: int, incarnation: int) -> None:
+        place = self._launch.places[engine_id]
         spec = EngineSpec(
             engine_id=engine_id,
             incarnation=incarnation,
-            num_engines=self._launch.num_engines,
+            num_engines=len(self._launch.places),
             folder=self.folder,
             model=self._launch.model,
-            config=self._launch.config,
+            config=msgspec.structs.replace(self._launch.config, threads_per_engine=place.num_threads),
             tcp=self._launch.tcp,
+            cpus=place.cpus,
         )
         process, lifeline = start_process(spec.name, run_engine, spec, self.folder)
         engine = EngineProcess(spec, process, lifeline, self._loop.time())

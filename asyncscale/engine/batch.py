@@ -75,3 +75,10 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+
+    def newest(self, batch: Batch) -> tuple[Int32, Int32]:
+        """Each row once, and its last token."""
+        if batch.num_drafts is None:
+            return self.rows, self.token_ids
+        last = np.flatnonzero(np.diff(self.rows, append=-1))
+        return self.rows[last], self.token_ids[last]

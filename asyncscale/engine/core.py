@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -12,6 +14,7 @@ import numpy as np
 from asyncscale.config import EngineConfig
 from asyncscale.engine.admission import choice_ids, find_defect, make_choices
 from asyncscale.engine.batch import Batch, StepResult
+from asyncscale.engine.drafting import Drafter
 from asyncscale.engine.outbox import Outbox
 from asyncscale.engine.quota import Quota
 from asyncscale.engine.request import Request
@@ -19,6 +22,8 @@ from asyncscale.engine.runner import Runner
 from asyncscale.engine.scheduler import Scheduler
 from asyncscale.engine.stop_conditions import StopConditions
 from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, fair_share
+
+_log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -49,6 +54,12 @@ class EngineCore:
         self._scheduler = Scheduler(config, num_blocks=runner.num_blocks, max_model_len=runner.max_model_len)
         self._stops = StopConditions(self._scheduler.table, runner.vocab_size)
         self._scheduler.listeners = (runner, self._stops, self._outbox)
+        self._drafter = Drafter(self._scheduler.table, config, runner.token_cost)
+        if config.speculation != "off" and runner.token_cost < math.inf:
+            self._scheduler.listeners += (self._drafter,)
+            self._scheduler.drafter = self._drafter
+        elif config.speculation == "ngram":
+            _log.warning("speculation='ngram' does nothing here: this way of computing the model cannot check guesses")
         self._clients: dict[bytes, dict[int, Request]] = {}  # requests alive, by client and id
         self._num_alive = 0
         self._quota = Quota()
@@ -60,6 +71,7 @@ class EngineCore:
         self.methods: dict[str, Callable[..., object]] = {
             "reset_prefix_cache": self._scheduler.pool.reset_cache,
             "kv_cache_stats": self.kv_cache_stats,
+            "speculation_stats": self.speculation_stats,
             "pause": self.pause,
             "drain": self.drain,
             "resume": self.resume,
@@ -182,6 +194,10 @@ class EngineCore:
             "prefix_hits": self._scheduler.prefix_hits,
         }
 
+    def speculation_stats(self) -> dict[str, int]:
+        """Tokens that were guessed, and of them those that were right, since the start."""
+        return {"drafted_tokens": self._drafter.num_drafted, "accepted_tokens": self._drafter.num_accepted}
+
     def check_integrity(self) -> None:
         """Audit rows and blocks; raises RuntimeError. For tests."""
         self._scheduler.check_integrity()
@@ -198,7 +214,7 @@ class EngineCore:
         for request in scheduler.advance(batch, result):
             self._on_prompt_computed(request)
         self._outbox.put_tokens(result)
-        for stop in self._stops.find(result.rows, result.token_ids):
+        for stop in self._stops.find(*result.newest(batch)):  # no guess ends a row, so nothing before can
             self._finish(scheduler.request_at(stop.row), stop.reason, stop_token_id=stop.stop_token_id)
         for request, error in failed:
             self._finish(request, "error", error=error)
@@ -280,7 +296,11 @@ def _without_errors(batch: Batch, result: StepResult) -> tuple[Batch, StepResult
     num_decodes = int(np.count_nonzero(computed[: batch.num_decodes]))
     return (
         replace(
-            batch, rows=batch.rows[computed], num_new_tokens=batch.num_new_tokens[computed], num_decodes=num_decodes
+            batch,
+            rows=batch.rows[computed],
+            num_new_tokens=batch.num_new_tokens[computed],
+            num_decodes=num_decodes,
+            num_drafts=None if batch.num_drafts is None else batch.num_drafts[computed],
         ),
         replace(
             result,

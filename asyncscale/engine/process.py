@@ -6,6 +6,7 @@ loads, and in the middle of a step. It sleeps in `recv` and never competes for t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     """Load the model of `spec`, tell the supervisor on `lifeline`, then serve until the lifeline closes."""
+    if spec.cpus:
+        with contextlib.suppress(OSError):  # they were taken from us since they were chosen
+            os.sched_setaffinity(0, spec.cpus)  # before there is any other thread: those inherit it
     threading.Thread(target=_end_with_owner, args=(lifeline, spec.folder), name="lifeline", daemon=True).start()
     _ignore_group_signals()
     while not os.path.exists(spec.progress_path):  # the owner makes it when there are engines to remove the folder

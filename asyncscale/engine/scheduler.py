@@ -1,15 +1,15 @@
 """Continuous batching: which sequences compute how many tokens in the next step, and in which KV-cache blocks.
 
 A request waits, then holds a row of the SequenceTable: first prefilling (in chunks, where the token budget asks for
-it), then decoding, one token per step. All decoding rows are handled together with numpy; Python runs per row only for
-the few that need or complete a block, prefill, enter or leave.
+it), then decoding, one token per step, or several where guesses of them come true. All decoding rows are handled
+together with numpy; Python runs per row only for the few that need or complete a block, prefill, guess, enter or leave.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from asyncscale.config import EngineConfig
 from asyncscale.engine.batch import Batch, Int32, SequenceTable, StepResult
 from asyncscale.engine.block_pool import BlockPool, block_digest
+from asyncscale.engine.drafting import Drafter
 from asyncscale.engine.request import Request
 from asyncscale.engine.waiting_queue import WaitingQueue
 
@@ -49,6 +50,9 @@ class Scheduler:
     most, the last to arrive. It gives up its blocks and is computed anew later. To admit a request, only requests of a
     strictly worse priority are preempted, so that no two displace each other in turn.
 
+    Drafts take what budget and blocks everybody else leaves: no request waits or is preempted for them, and blocks that
+    hold nothing after the step but what was wrong are given back.
+
     The caller runs `schedule`, executes the batch, and hands the result to `advance`.
     """
 
@@ -58,6 +62,7 @@ class Scheduler:
         self.prefix_queries = 0  # tokens looked up, and of them found, in the prefix cache at first admission
         self.prefix_hits = 0
         self.listeners: Sequence[RowListener] = ()
+        self.drafter: Drafter | None = None
         self._config = config
         self._waiting = WaitingQueue()
         self._prefilling: list[Request] = []
@@ -101,14 +106,19 @@ class Scheduler:
         """Choose the next step's work. `now`: the time that newly admitted requests are stamped with."""
         failed = self._allocate_decode_blocks()
         self._admit(now)
-        return Schedule(self._make_batch(), failed)
+        batch = self._make_batch()
+        if batch is not None and self.drafter is not None:
+            batch = self._add_drafts(batch, self.drafter)
+        return Schedule(batch, failed)
 
     def advance(self, batch: Batch, result: StepResult) -> list[Request]:
         """Record what was computed and sampled. Returns the requests whose prefill is now complete."""
         table = self.table
-        table.num_computed_tokens[batch.rows] += batch.num_new_tokens
+        computed, positions = batch.num_new_tokens, table.num_tokens[result.rows]
+        if batch.num_drafts is not None:
+            computed, positions = self._settle_drafts(batch, batch.num_drafts, result)
+        table.num_computed_tokens[batch.rows] += computed
         complete = self._advance_prefills() if self._prefilling else []
-        positions = table.num_tokens[result.rows]
         table.token_ids[result.rows, positions] = result.token_ids
         table.num_tokens[result.rows] = positions + 1
         return complete
@@ -118,6 +128,9 @@ class Scheduler:
         rows = {request.row for request in self.running()}
         if rows & set(self._empty_rows) or len(rows) + len(self._empty_rows) != len(self._requests):
             raise RuntimeError("a row is both empty and occupied, or neither, or twice")
+        for row in rows:
+            if self.table.num_blocks[row] > self._blocks_for(int(self.table.num_tokens[row])):
+                raise RuntimeError(f"row {row} has more blocks than tokens to fill them")
         self.pool.check_integrity([self._blocks(row) for row in rows])
 
     # --- before the step: blocks, admission, batch
@@ -205,7 +218,61 @@ class Scheduler:
             decoding.size,
         )
 
+    def _add_drafts(self, batch: Batch, drafter: Drafter) -> Batch:
+        """The batch with guesses for its decoding rows, as far as there is room for them."""
+        table = self.table
+        rows = batch.rows[: batch.num_decodes]
+        budget = self._config.max_num_batched_tokens - rows.size
+        if batch.rows.size > rows.size:
+            budget -= int(batch.num_new_tokens[rows.size :].sum())
+        drafts = drafter.draft(rows, budget)
+        if not drafts:
+            return batch
+        num_drafts = np.zeros(batch.rows.size, np.int32)
+        for index, token_ids in drafts:
+            row = int(rows[index])
+            start = int(table.num_tokens[row])
+            end = self._make_room(row, start + len(token_ids))
+            table.token_ids[row, start:end] = token_ids[: end - start]
+            num_drafts[index] = end - start
+        if not num_drafts.any():
+            return batch
+        return replace(batch, num_new_tokens=batch.num_new_tokens + num_drafts, num_drafts=num_drafts)
+
+    def _make_room(self, row: int, num_tokens: int) -> int:
+        """Take blocks for the first `num_tokens` of a row, or as many as are free. For how many tokens it has them."""
+        table = self.table
+        num_blocks = int(table.num_blocks[row])
+        missing = min(self._blocks_for(num_tokens) - num_blocks, self.pool.num_free)
+        if missing > 0:
+            table.block_table[row, num_blocks : num_blocks + missing] = self.pool.allocate(missing)
+            table.num_blocks[row] = num_blocks = num_blocks + missing
+        return min(num_tokens, num_blocks * table.block_size)
+
     # --- after the step
+
+    def _settle_drafts(self, batch: Batch, num_drafts: Int32, result: StepResult) -> tuple[Int32, Int32]:
+        """How many of each of the batch's tokens count as computed, and the position of each that was sampled."""
+        table, rows = self.table, result.rows
+        starts = np.flatnonzero(np.diff(rows, prepend=-1)).astype(np.int32)  # of each row's run
+        num_sampled = np.diff(starts, append=np.int32(rows.size))
+        nth = np.arange(rows.size, dtype=np.int32) - np.repeat(starts, num_sampled)
+        of_row = np.zeros(len(self._requests), np.int32)
+        of_row[rows[starts]] = num_sampled
+        computed: Int32 = np.where(num_drafts > 0, of_row[batch.rows], batch.num_new_tokens)
+        for index in np.flatnonzero(num_drafts).tolist():
+            row, num_computed = int(batch.rows[index]), int(computed[index])
+            self._drop_blocks(row, int(table.num_computed_tokens[row]) + num_computed)
+            if self.drafter is not None:
+                self.drafter.record(row, int(num_drafts[index]), num_computed - 1)
+        positions: Int32 = table.num_tokens[rows] + nth
+        return computed, positions
+
+    def _drop_blocks(self, row: int, num_tokens: int) -> None:
+        """Give back the blocks beyond a row's first `num_tokens`."""
+        table, kept = self.table, self._blocks_for(num_tokens)
+        self.pool.free(reversed(self._blocks(row)[kept:]))
+        table.num_blocks[row] = kept
 
     def _cache_full_blocks(self, request: Request) -> None:
         """Let others find what is computed of this request: its prompt as it is computed, its answer when it ends."""

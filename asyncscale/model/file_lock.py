@@ -28,14 +28,14 @@ def exclusive_file(path: Path) -> Iterator[int]:
 def remove_unless_used(path: Path) -> bool:
     """Removes a file on which nobody holds a lock. Whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks exclusively only what is open for writing
+    except OSError:
+        return not path.exists()
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(descriptor, path):
             path.unlink()
-    except BlockingIOError:
+    except OSError:  # it is locked, or somebody else's
         return False
     finally:
         os.close(descriptor)

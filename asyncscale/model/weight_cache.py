@@ -148,7 +148,7 @@ def _from_cache(source: _Source) -> Arrays:
         except DamagedFileError as error:
             _log.warning("the packed weights in %s are made again: %s", path, error)
         specs = source.specs()
-        make_room(path.parent, weight_file_bytes(specs, source.content), keep=building)
+        make_room(path.parent, weight_file_bytes(specs, source.content))
         tensors = _write(source, specs, descriptor)
         os.replace(building, path)
         fcntl.flock(descriptor, fcntl.LOCK_SH)

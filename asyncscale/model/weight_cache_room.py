@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -17,8 +18,8 @@ class DoesNotFitError(Exception):
     """One file alone is larger than the cache may be."""
 
 
-def make_room(folder: Path, num_bytes: int, keep: Path) -> None:
-    """Removes files so that `num_bytes` more fit; and whatever a killed process did not finish, but not `keep`.
+def make_room(folder: Path, num_bytes: int) -> None:
+    """Removes files so that `num_bytes` more fit; and whatever a killed process did not finish.
 
     Files in use stay, even if that exceeds the limit. Raises DoesNotFitError where nothing can make it fit.
     """
@@ -26,8 +27,7 @@ def make_room(folder: Path, num_bytes: int, keep: Path) -> None:
     if num_bytes > limit:
         raise DoesNotFitError(f"{num_bytes / 2**30:.1f} GiB exceed the limit that {LIMIT_VARIABLE} sets")
     for leftover in folder.glob("*.building"):
-        if leftover != keep:
-            remove_unless_used(leftover)
+        remove_unless_used(leftover)
     entries = []
     for path in folder.glob("*.weights"):
         with contextlib.suppress(FileNotFoundError):
@@ -46,5 +46,7 @@ def _limit_bytes() -> float:
     try:
         gib = float(stated) if stated else _DEFAULT_GIB
     except ValueError:
-        raise ModelLoadError(f"{LIMIT_VARIABLE} must be a number of GiB, got {stated!r}") from None
+        gib = math.nan
+    if not gib >= 0:
+        raise ModelLoadError(f"{LIMIT_VARIABLE} must be a number of GiB, got {stated!r}")
     return gib * 2**30

@@ -41,8 +41,10 @@ class AuditingRunner(SimulatedRunner):
         self.batches.append([(self._requests[row].key, count) for row, count in zip(rows, counts, strict=True)])
         assert len(set(rows)) == len(rows) <= self.config.max_num_seqs
         assert sum(counts) <= self.config.max_num_batched_tokens
-        for row, count in zip(rows, counts, strict=True):
-            self._compute(batch.table, row, count)
+        num_drafts = np.zeros(len(rows), np.int32) if batch.num_drafts is None else batch.num_drafts
+        assert not num_drafts[batch.num_decodes :].any()
+        for row, count, drafts in zip(rows, counts, num_drafts.tolist(), strict=True):
+            self._compute(batch.table, row, count, drafts)
         result = super().execute(batch)
         for row in rows:
             error = self.failures.pop(self._requests[row].key, None)
@@ -50,10 +52,10 @@ class AuditingRunner(SimulatedRunner):
                 result.errors[row] = error
         return result
 
-    def _compute(self, table: SequenceTable, row: int, count: int) -> None:
+    def _compute(self, table: SequenceTable, row: int, count: int, num_drafts: int) -> None:
         start, size = int(table.num_computed_tokens[row]), table.block_size
         end = start + count
-        assert 0 < count <= table.num_tokens[row] - start
+        assert 0 < count - num_drafts <= table.num_tokens[row] - start
         assert end <= table.num_blocks[row] * size
         positions = np.arange(end)
         slots = table.block_table[row, positions // size], positions % size
@@ -190,10 +192,17 @@ def make_engine() -> Callable[..., Engine]:
 def run_solo() -> Callable[..., tuple[list[int], str, int | None]]:
     """run_solo(prompt, **Sampling fields) -> (tokens, finish reason, stop token) of an undisturbed request."""
 
-    def run(prompt: Sequence[int], *, max_model_len: int = 256, choice: int = 0, **sampling: object):  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
+        prompt: Sequence[int],
+        *,
+        model: SimulatedModel = MODEL,
+        max_model_len: int = 256,
+        choice: int = 0,
+        **sampling: object,
+    ):
         fields: dict[str, object] = {"max_tokens": 16, "stop_token_ids": (256,), **sampling}
         fields["seed"] = (int(fields.get("seed", 0)) + choice) % 2**64  # type: ignore[call-overload]
-        return solo(MODEL, prompt, Sampling(**fields), max_model_len)  # type: ignore[arg-type]
+        return solo(model, prompt, Sampling(**fields), max_model_len)  # type: ignore[arg-type]
 
     return run
 

@@ -14,7 +14,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from asyncscale.config import SimulatedModel
+
 MAX_MODEL_LEN = 48
+COSTLESS = {"base_ms": 0, "decode_us": 0, "prefill_us": 0}
+MODELS = [
+    SimulatedModel(**COSTLESS, vocab_size=1000, mean_output_tokens=12),
+    SimulatedModel(**COSTLESS, vocab_size=259, mean_output_tokens=40),  # of two tokens: guesses are right now and then
+    SimulatedModel(**COSTLESS, vocab_size=1000, mean_output_tokens=40, output_period=3),
+]
 CLIENTS = st.sampled_from([b"a", b"b", b"c"])
 SHARED_PREFIX = [7] * 24
 
@@ -31,6 +39,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.next_id = 0
         self.bound = 100
         self.engine = None
+        self.model = None
 
     @initialize(
         block_size=st.sampled_from([1, 3, 4]),
@@ -38,9 +47,14 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         spare_budget=st.integers(0, 12),
         prefix_caching=st.booleans(),
+        model=st.sampled_from(MODELS),
+        speculation=st.sampled_from(["auto", "ngram", "ngram", "off"]),
     )
-    def start(self, block_size, pool, max_num_seqs, spare_budget, prefix_caching):
+    def start(self, block_size, pool, max_num_seqs, spare_budget, prefix_caching, model, speculation):
+        self.model = model
         self.engine = self.make_engine(
+            model=model,
+            speculation=speculation,
             block_size=block_size,
             num_kv_blocks=-(-MAX_MODEL_LEN // block_size) + pool,  # one request always fits, hardly more do
             max_num_seqs=max_num_seqs,
@@ -70,7 +84,10 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def add(self, client, shared, suffix, n, priority, num_given, fields):
         prompt = [*SHARED_PREFIX[:shared], *suffix]
-        outcomes = [self.run_solo(prompt, max_model_len=MAX_MODEL_LEN, choice=choice, **fields) for choice in range(n)]
+        outcomes = [
+            self.run_solo(prompt, model=self.model, max_model_len=MAX_MODEL_LEN, choice=choice, **fields)
+            for choice in range(n)
+        ]
         given = outcomes[0][0][:num_given] if n == 1 and len(outcomes[0][0]) > num_given else []
         self.engine.add(self.next_id, prompt, client=client, n=n, priority=priority, given=given, **fields)
         for choice, (token_ids, reason, stop) in enumerate(outcomes):
@@ -104,6 +121,14 @@ class EngineMachine(RuleBasedStateMachine):
     def abort_again(self, data):
         client, request_id = data.draw(st.sampled_from(self.aborted))
         self.engine.core.abort(client, [request_id, request_id])
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def fail(self, data):
+        """Its next step fails: with guesses or without, it alone ends, with the tokens that it has."""
+        key = data.draw(st.sampled_from(sorted(self.alive)))
+        if self.alive[key][1] != "error":
+            self.engine.runner.failures[key] = "on purpose"
 
     @rule(client=CLIENTS)
     def drop_client(self, client):
@@ -152,8 +177,10 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             token_ids, reason, stop = self.alive[key]
             assert received.token_ids == token_ids[: len(received.token_ids)]
-            if received.finished is not None:
-                finished = received.finished
+            finished = received.finished
+            if finished is not None and finished.error == "on purpose":
+                del self.alive[key]
+            elif finished is not None:
                 assert (received.token_ids, finished.reason, finished.stop_token_id) == (token_ids, reason, stop)
                 prompt, num_prompt_logprobs = self.prompts[key]
                 scored = [entry.token_ids[0] for entry in received.prompt_logprobs]

@@ -14,7 +14,10 @@ from asyncscale import AsyncScaleClient, EngineDeadError, EngineError, Simulated
 
 MODEL = SimulatedModel(base_ms=1, decode_us=1, prefill_us=0.1)
 LONG: dict[str, Any] = {"max_tokens": 8000, "ignore_eos": True}
-METHODS = ["drain", "kv_cache_stats", "pause", "process_info", "profile", "reset_prefix_cache", "resume"]
+METHODS = [
+    *["drain", "kv_cache_stats", "pause", "process_info", "profile", "reset_prefix_cache", "resume"],
+    "speculation_stats",
+]
 
 
 @pytest.fixture
