@@ -15,7 +15,7 @@ from asyncscale.engine.verification import find_kept, sample_points
 from asyncscale.errors import ModelLoadError
 from asyncscale.messages import TokenLogprobs
 from asyncscale.model.decoder import Report, StepTokens, make_decoder
-from asyncscale.model.logprobs import prompt_logprobs
+from asyncscale.model.numpy_sampling import make_sampling_kernels
 from asyncscale.model.rope import RotaryEmbedding
 from asyncscale.model.sampler import Sampler
 from asyncscale.params import Sampling
@@ -51,7 +51,7 @@ class ModelRunner:
         self.num_blocks = self._decoder.num_blocks
         self.token_cost = self._decoder.token_cost
         self._rotary = RotaryEmbedding(model.rope, model.head_dim, self._decoder.rope_factors)
-        self._sampler = Sampler(config.max_num_seqs, self.vocab_size)
+        self._sampler = Sampler(config.max_num_seqs, self.vocab_size, make_sampling_kernels(self.vocab_size))
         self._prompt_logprobs: dict[int, int] = {}
         report("warm-up", 0.0)
         self._warm_up(config)
@@ -121,7 +121,7 @@ class ModelRunner:
         for begin in range(0, len(token_ids), _LOGITS_ROWS):
             part = token_ids[begin : begin + _LOGITS_ROWS]
             logits = self._decoder.logits(first_token + begin + np.arange(len(part)))
-            result += prompt_logprobs(logits, part, self._prompt_logprobs[row])
+            result += self._sampler.prompt_logprobs(logits, part, self._prompt_logprobs[row])
             self.progress.tick()
         return result
 
