@@ -141,7 +141,7 @@ def test_importing_asyncscale_imports_nothing_else_but_small_parts_of_the_standa
     [
         (
             "from asyncscale import AsyncScaleClient",
-            "torch transformers tokenizers huggingface_hub jinja2 gguf cloudpickle tqdm",
+            "torch transformers tokenizers huggingface_hub jinja2 gguf cloudpickle tqdm numpy",
         ),
         ("import asyncscale.engine.process", "torch transformers asyncio uvloop tokenizers numpy"),
         ("import asyncscale.model.runner", "torch transformers asyncio uvloop tokenizers"),

@@ -7,9 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from asyncscale import AsyncScaleError
-from asyncscale.bench import chaos, overload, routing, scale, serve
+from asyncscale.bench import chaos, overload, routing, scale, serve, start
 
-_COMMANDS = {"serve": serve, "scale": scale, "routing": routing, "overload": overload, "chaos": chaos}
+_COMMANDS = {
+    "serve": serve,
+    "scale": scale,
+    "routing": routing,
+    "overload": overload,
+    "chaos": chaos,
+    "start": start,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

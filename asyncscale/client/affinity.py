@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
 
 CHUNK_TOKENS = 64
 _CHUNK_BYTES = 4 * CHUNK_TOKENS
@@ -14,8 +12,8 @@ _MAX_SESSIONS = 65_536
 _MAX_CHUNKS = 16_384  # per engine: a million tokens
 
 
-def prefix_hashes(token_ids: npt.NDArray[np.int32]) -> tuple[int, ...]:
-    """One hash per full chunk of a prompt, each of all tokens up to its chunk's end. token_ids: int32[n].
+def prefix_hashes(token_ids: array[int]) -> tuple[int, ...]:
+    """One hash per full chunk of a prompt, each of all tokens up to its chunk's end. token_ids: int32.
 
     Of this process only: Python salts the hash of bytes. Two prompts with the same hash cost a cache miss, no more.
     """

@@ -5,21 +5,23 @@ Encoded, checked, every default filled in.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
+from asyncscale.client.token_ids import make_token_ids
 from asyncscale.errors import InvalidRequestError
 from asyncscale.messages import EngineFacts
 from asyncscale.params import MAX_BAD_WORD_TOKENS, Sampling, SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 
-Prompt = str | Sequence[int] | npt.NDArray[np.integer]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Prompt: TypeAlias = "str | Sequence[int] | npt.NDArray[np.integer]"
 
 _UINT64 = 2**64 - 1
 _MAX_ID_LENGTH = 512
@@ -61,28 +63,32 @@ class Preparation:
     codec: TextCodec
     facts: EngineFacts
 
-    def encode_prompt(self, prompt: Prompt) -> npt.NDArray[np.int32]:
-        """Token ids of a prompt, int32[n], n >= 1. Raises InvalidRequestError."""
-        token_ids = self._encode_text(prompt) if isinstance(prompt, str) else _as_token_ids(prompt)
+    def encode_prompt(self, prompt: Prompt) -> array[int]:
+        """Token ids of a prompt, at least one, int32, the caller's no more. Raises InvalidRequestError."""
+        try:
+            token_ids = make_token_ids(self._encode_text(prompt) if isinstance(prompt, str) else prompt)
+        except (TypeError, OverflowError):
+            raise InvalidRequestError(
+                f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}"
+            ) from None
         self.check_prompt(token_ids)
-        # A copy of the caller's array: a request that moves to another engine sends its prompt again.
-        return token_ids.astype(np.int32, copy=isinstance(prompt, np.ndarray))
+        return token_ids
 
-    def _encode_text(self, text: str) -> npt.NDArray[np.integer]:
+    def _encode_text(self, text: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"prompt is not valid Unicode: {error}") from None
-        return np.asarray(self.codec.encode(text), np.int64)
+        return self.codec.encode(text)
 
-    def check_prompt(self, token_ids: npt.NDArray[np.integer]) -> None:
+    def check_prompt(self, token_ids: array[int]) -> None:
         """Raises InvalidRequestError when the ids are out of range, or too many for the context or the KV cache."""
         facts = self.facts
         count = len(token_ids)
         if count == 0:
             raise InvalidRequestError("prompt is empty: it must have at least one token")
-        if token_ids.min() < 0 or token_ids.max() >= facts.vocab_size:
-            bad = token_ids[(token_ids < 0) | (token_ids >= facts.vocab_size)][0]
+        if min(token_ids) < 0 or max(token_ids) >= facts.vocab_size:
+            bad = next(token_id for token_id in token_ids if not 0 <= token_id < facts.vocab_size)
             raise InvalidRequestError(f"token id {bad} is out of range: the model has ids 0 to {facts.vocab_size - 1}")
         if count >= facts.max_model_len:
             raise InvalidRequestError(
@@ -129,27 +135,6 @@ class Preparation:
             if token_id >= self.facts.vocab_size:
                 last = self.facts.vocab_size - 1
                 raise InvalidRequestError(f"{name} holds token id {token_id}, but the model has ids 0 to {last}")
-
-
-def _as_token_ids(prompt: object) -> npt.NDArray[np.integer]:
-    if type(prompt) is list and set(map(type, prompt)) == {int}:
-        with contextlib.suppress(OverflowError):
-            return np.frombuffer(array("i", prompt), np.int32)  # several times faster than to let numpy find out
-    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray | memoryview):
-        raise _no_prompt(prompt)
-    if len(prompt) == 0:
-        return np.zeros(0, np.int64)
-    try:
-        token_ids = np.asarray(prompt)
-    except (ValueError, OverflowError):
-        raise _no_prompt(prompt) from None
-    if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
-        raise _no_prompt(prompt)
-    return token_ids
-
-
-def _no_prompt(prompt: object) -> InvalidRequestError:
-    return InvalidRequestError(f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}")
 
 
 def _describe(value: object) -> str:

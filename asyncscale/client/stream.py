@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from asyncscale.client.affinity import prefix_hashes
 from asyncscale.client.choice import ChoiceStream, resolve
 from asyncscale.client.completion import ChoiceCompletion, Completion, Logprob, Timing
+from asyncscale.client.token_ids import wire_bytes
 from asyncscale.messages import Add, TokenLogprobs
 from asyncscale.params import Sampling, SamplingParams
 from asyncscale.tokenization.codec import TextCodec
@@ -59,7 +59,7 @@ class RequestStream:
         *,
         request_id: str,
         wire_id: int,
-        prompt_token_ids: npt.NDArray[np.int32],
+        prompt_token_ids: array[int],
         params: SamplingParams,
         sampling: Sampling,
         codec: TextCodec,
@@ -125,14 +125,14 @@ class RequestStream:
                 seed=(self.sampling.seed + choice.index) % 2**64,
                 prompt_logprobs=None if has_prompt_logprobs or choice.index else self.sampling.prompt_logprobs,
             )
-            token_ids = np.append(self.prompt_token_ids, choice.token_ids)
+            token_ids = self.prompt_token_ids + array("i", choice.token_ids)
             messages.append(self._message(choice.wire_id, token_ids, sampling, 1))
         return messages
 
-    def _message(self, wire_id: int, token_ids: npt.NDArray[np.integer], sampling: Sampling, n: int) -> Add:
+    def _message(self, wire_id: int, token_ids: array[int], sampling: Sampling, n: int) -> Add:
         return Add(
             wire_id,
-            token_ids.astype("<i4").tobytes(),
+            wire_bytes(token_ids),
             len(self.prompt_token_ids),
             sampling,
             n,

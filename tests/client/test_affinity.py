@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from asyncscale.client.policies import AFFINITY_SLACK, RoutingRequest, least_tok
 from asyncscale.client.router import Router
 from asyncscale.messages import Load
 
-PROMPT = np.arange(3 * CHUNK_TOKENS + 5, dtype=np.int32)
+PROMPT = array("i", range(3 * CHUNK_TOKENS + 5))
 
 
 def make_router(num_engines: int, capacity: int = 1000, **options) -> Router:
@@ -46,7 +47,7 @@ def spread(router: Router) -> int:
 
 @given(length=st.integers(0, 300), change_at=st.integers(0, 299))
 def test_a_hash_covers_all_tokens_up_to_the_end_of_its_chunk(length: int, change_at: int) -> None:
-    token_ids = np.arange(length, dtype=np.int32)
+    token_ids = array("i", range(length))
     hashes = prefix_hashes(token_ids)
     assert len(hashes) == length // CHUNK_TOKENS
     if change_at < length:
@@ -56,7 +57,7 @@ def test_a_hash_covers_all_tokens_up_to_the_end_of_its_chunk(length: int, change
 
 
 def test_the_hash_of_a_slice_is_that_of_its_tokens() -> None:
-    assert prefix_hashes(np.arange(0, 200, dtype=np.int32)[::2]) == prefix_hashes(np.arange(0, 200, 2, dtype=np.int32))
+    assert prefix_hashes(array("i", range(200))[::2]) == prefix_hashes(array("i", range(0, 200, 2)))
 
 
 # --- tables

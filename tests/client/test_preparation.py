@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ def resolve(num_prompt_tokens: int = 10, **params: Any) -> Sampling:
         ("", "empty"),
         ([], "empty"),
         (np.zeros(0, np.int64), "empty"),
+        (np.zeros(0), "empty"),
+        (np.array([[1, 2], [3, 4]]), "sequence of token ids"),
+        (np.array([1.5]), "sequence of token ids"),
+        (np.array([True]), "sequence of token ids"),
         (None, "NoneType"),
         (7, "int 7"),
         (b"bytes", "bytes"),
@@ -38,12 +43,15 @@ def resolve(num_prompt_tokens: int = 10, **params: Any) -> Sampling:
         ([1.5, 2.0], "sequence of token ids"),
         (["a", "b"], "sequence of token ids"),
         ([True, False], "sequence of token ids"),
+        ((1, True), "sequence of token ids"),
         ([[1, 2], [3, 4]], "sequence of token ids"),
         ([[1], [2, 3]], "sequence of token ids"),
         ([1, None], "sequence of token ids"),
         ([2**80], "sequence of token ids"),
         ([1, -1], "token id -1 is out of range: the model has ids 0 to 999"),
         ([1, 1000], "token id 1000 is out of range"),
+        ([1, 2**40], f"token id {2**40} is out of range"),
+        (np.array([2**32 + 1]), f"token id {2**32 + 1} is out of range"),
         ("\ud800", "not valid Unicode"),
         ("x" * 64, "prompt has 64 tokens, but the model's context is 64 tokens"),
     ],
@@ -61,12 +69,12 @@ def test_a_prompt_that_no_engine_has_kv_blocks_for_is_refused_with_both_numbers(
 
 
 @pytest.mark.parametrize(
-    "prompt", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint16), range(1, 4)]
+    "prompt",
+    [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), np.array([1, 2, 3], np.uint16), range(1, 4), list(np.arange(1, 4))],
 )
 def test_token_ids_may_come_in_any_sequence(prompt: Any) -> None:
     token_ids = PREPARATION.encode_prompt(prompt)
-    assert token_ids.dtype == np.int32
-    assert token_ids.tolist() == [1, 2, 3]
+    assert token_ids == array("i", [1, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import gc
 import weakref
+from array import array
 
-import numpy as np
 import pytest
 
 from asyncscale.client.generation import Generation
@@ -25,7 +25,7 @@ def make_stream(**params: object) -> RequestStream:
     return RequestStream(
         request_id="r",
         wire_id=0,
-        prompt_token_ids=np.array([1, 2, 3], np.int32),
+        prompt_token_ids=array("i", [1, 2, 3]),
         params=SamplingParams.of(None, params),
         sampling=Sampling(max_tokens=10),
         codec=CODEC,
