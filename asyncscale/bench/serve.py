@@ -81,7 +81,7 @@ def _model(arguments: argparse.Namespace) -> str | SimulatedModel:
 
 
 def _workload(arguments: argparse.Namespace, model: str | SimulatedModel) -> list[WorkloadRequest]:
-    with StartProgress(0) as progress:
+    with StartProgress() as progress:
         source = model if isinstance(model, SimulatedModel) else resolve_model(model, progress.on_fetch)
     codec = load_codec(source)
     num_prompts, rate, seed = arguments.num_prompts, arguments.rate, arguments.seed

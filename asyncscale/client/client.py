@@ -17,6 +17,7 @@ import zmq
 
 from asyncscale import messages, transport
 from asyncscale.address import parse, shown
+from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.exceptions import fresh
@@ -40,6 +41,7 @@ from asyncscale.errors import (
     EngineDeadError,
     EngineError,
 )
+from asyncscale.memory import available_memory
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
@@ -55,7 +57,8 @@ class AsyncScaleClient:
                 print(token, end="", flush=True)
 
     model: a built-in name, a local Hugging Face folder or GGUF file, a Hugging Face hub id, or a `SimulatedModel`.
-    num_engines: each is a process with a whole copy of the model; "auto" is one per usable core, at most four.
+    num_engines: each is a process that computes the whole model; "auto" is one per usable core, at most four, and no
+    more than there is memory for.
     routing: "least-loaded", "least-tokens", "round-robin", or a function (loads, request) -> one of the loads.
     start_timeout: seconds until all engines must be ready. An engine that dies is started again, and its requests go on
     at another one. restart_timeout: seconds for which they wait for it while there is no other.
@@ -186,14 +189,17 @@ class AsyncScaleClient:
 
     async def _start_owned(self) -> None:
         started = time.monotonic()
-        cpus = usable_cpus()
-        num_engines = auto_num_engines(cpus) if self._num_engines == "auto" else self._num_engines
-        with StartProgress(num_engines, self._progress) as progress:
+        with StartProgress(self._progress) as progress:
             source: ModelSource
+            architecture: ModelConfig | None = None
             if isinstance(self._model, SimulatedModel):
                 source = self._model
             else:
-                source = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
+                source, architecture = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
+            cpus, num_engines = usable_cpus(), self._num_engines
+            if num_engines == "auto":
+                num_engines = auto_num_engines(cpus.num_cores, self._config, architecture, available_memory())
+            progress.num_engines = num_engines
             tcp = None if self._host is None else await asyncio.to_thread(transport.tcp_binding, self._host)
             launch = Launch(
                 source,

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.checkpoint.progress import Progress
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.policies import POLICIES, Policy
@@ -33,13 +34,13 @@ class Limits:
             raise ValueError(f"restart_timeout must be a number of seconds of at least 0, got {self.restart_timeout!r}")
 
 
-def find_model(model: str | os.PathLike[str], progress: Progress) -> CheckpointFiles:
-    """The model's files, fetched if need be. Blocks. Raises ModelLoadError, also for an unsupported architecture."""
-    from asyncscale.checkpoint.model_config import ModelConfig
+def find_model(model: str | os.PathLike[str], progress: Progress) -> tuple[CheckpointFiles, ModelConfig]:
+    """The model's files, fetched if need be, and its architecture. Blocks.
 
+    Raises ModelLoadError, also for an architecture that is not supported: before any engine starts.
+    """
     files = resolve_model(model, progress)
-    ModelConfig.load(files)  # an architecture that is not supported is refused before any engine starts
-    return files
+    return files, ModelConfig.load(files)
 
 
 def engine_config(options: Mapping[str, Any]) -> EngineConfig:

@@ -15,12 +15,16 @@ _PHASE_SHARE = {"import": 0.4, "weights": 0.5, "warm-up": 0.1}
 
 
 class StartProgress:
-    """Bars for one start of a client: bytes of the model, then the engines together. Use as a context manager."""
+    """Bars for one start of a client: bytes of the model, then the engines together. Use as a context manager.
 
-    def __init__(self, num_engines: int, shown: bool | None = None) -> None:
+    num_engines: how many load; may be set when it is known.
+    """
+
+    def __init__(self, shown: bool | None = None) -> None:
         stderr = sys.stderr  # None in a process that was started without one
         self._disabled = not (stderr is not None and stderr.isatty() if shown is None else shown)
-        self._fractions = dict.fromkeys(range(num_engines), 0.0)
+        self.num_engines = 1
+        self._fractions: dict[int, float] = {}
         self._fetch: tqdm[NoReturn] | None = None
         self._load: tqdm[NoReturn] | None = None
 
@@ -51,15 +55,15 @@ class StartProgress:
         if self._disabled:
             return
         start, share = _PHASE_START.get(phase, 0.0), _PHASE_SHARE.get(phase, 0.0)
-        self._fractions[engine_id] = max(self._fractions[engine_id], start + share * fraction)
+        self._fractions[engine_id] = max(self._fractions.get(engine_id, 0.0), start + share * fraction)
         if self._load is None:
             from tqdm import tqdm
 
-            count = len(self._fractions)
+            count = self.num_engines
             self._load = tqdm(
                 desc=f"loading {count} engine{'s' if count > 1 else ''}",
                 total=100,
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}",
                 leave=False,
             )
-        self._load.update(100 * sum(self._fractions.values()) / len(self._fractions) - self._load.n)
+        self._load.update(100 * sum(self._fractions.values()) / self.num_engines - self._load.n)

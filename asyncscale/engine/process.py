@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     """Load the model of `spec`, tell the supervisor on `lifeline`, then serve until the lifeline closes."""
-    if spec.cpus:
+    if spec.cpus and hasattr(os, "sched_setaffinity"):  # macOS has no such thing
         with contextlib.suppress(OSError):  # they were taken from us since they were chosen
             os.sched_setaffinity(0, spec.cpus)  # before there is any other thread: those inherit it
     threading.Thread(target=_end_with_owner, args=(lifeline, spec.folder), name="lifeline", daemon=True).start()

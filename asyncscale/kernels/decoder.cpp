@@ -26,7 +26,6 @@ uint64_t now() {
 struct Workspace {
   char* end;
   float* inputs;
-  float* scales;
   float* qkv;
   float* attended;
   float* inner;
@@ -37,11 +36,10 @@ struct Workspace {
   Workspace(const Model& model, char* memory, int64_t num_tokens, int64_t most_tokens, int64_t num_threads) : end(memory) {
     attended_size = round_up(model.num_heads * model.head_dim, kLanes);
     const int64_t qkv_size = model.num_layers > 0 ? model.layers[0].qkv.num_outputs : 0;
-    row_size = words_of(std::max({model.hidden_size, attended_size, model.inner_size, qkv_size}));
-    input_words = words_of(std::max({model.hidden_size, attended_size, model.inner_size}));
+    row_size = round_up(std::max({model.hidden_size, attended_size, model.inner_size, qkv_size}), kLanes);
+    input_words = round_up(std::max({model.hidden_size, attended_size, model.inner_size}), kLanes);  // in any format
     scratch_bytes = AttentionScratch::bytes(most_tokens * (model.num_heads / model.num_kv_heads), model.head_dim);
     inputs = take(num_tokens * input_words);
-    scales = take(num_tokens);
     qkv = take(num_tokens * qkv_size);
     attended = take(num_tokens * attended_size);
     inner = take(num_tokens * model.inner_size);
@@ -190,20 +188,13 @@ class Pass {
     for_rows([&](int64_t row) {
       rms_norm(hidden + row * hidden_stride_, weight, model_.hidden_size, float(model_.eps), row_);
       std::fill(row_ + model_.hidden_size, row_ + hidden_stride_, 0.0f);
-      make_inputs(row_, model_.hidden_size, format, workspace_.inputs + row * words(format, model_.hidden_size),
-                  workspace_.scales + row);
+      make_inputs(row_, model_.hidden_size, format, workspace_.inputs + row * words_of(model_.hidden_size, format));
     });
     end(kNorms);
   }
 
   void inputs_from(const float* values, int64_t row, const Linear& linear) {
-    make_inputs(values, linear.num_inputs, linear.format, workspace_.inputs + row * words(linear.format, linear.num_inputs),
-                workspace_.scales + row);
-  }
-
-  // Of a row of inputs: what make_inputs writes.
-  static int64_t words(int64_t format, int64_t num_inputs) {
-    return round_up(num_inputs, kLanes) / (format == kInt8 ? 4 : format == kBFloat16 ? 2 : 1);
+    make_inputs(values, linear.num_inputs, linear.format, workspace_.inputs + row * words_of(linear.num_inputs, linear.format));
   }
 
   template <bool kGated, class Sink>
@@ -216,8 +207,8 @@ class Pass {
 
   template <class P, bool kGated, class Sink>
   void linear_of(const Linear& linear, const Sink& sink) {
-    const int64_t input_words = words(linear.format, linear.num_inputs);
-    const PackedLinear<P> product(linear, workspace_.inputs, input_words, workspace_.scales);
+    const int64_t input_words = words_of(linear.num_inputs, linear.format);
+    const PackedLinear<P> product(linear, workspace_.inputs, input_words);
     const int64_t num_panels = (linear.num_outputs + kPanel - 1) / kPanel;
     const int64_t most = std::clamp<int64_t>(kInputBytes / (input_words * 4) / kRows, 4, kMostRows / kRows) * kRows;
     const int64_t num_parts = (num_rows_ + most - 1) / most;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -26,7 +26,6 @@ class Linear(ctypes.Structure):
     _fields_ = (
         ("weights", c_void_p),
         ("scales", c_void_p),
-        ("sums", c_void_p),
         ("bias", c_void_p),
         ("num_outputs", c_int64),
         ("num_inputs", c_int64),

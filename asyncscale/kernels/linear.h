@@ -19,12 +19,11 @@ class PackedLinear {
   using Word = typename P::Word;
   using Weight = typename P::Weight;
 
-  // inputs: [rows, words], input_stride words apart; input_scales: of each row, for int8.
-  PackedLinear(const Linear& linear, const void* inputs, int64_t input_stride, const float* input_scales)
+  // inputs: [rows, words], as make_inputs writes them, input_stride words apart.
+  PackedLinear(const Linear& linear, const void* inputs, int64_t input_stride)
       : linear_(linear),
         inputs_(static_cast<const Word*>(inputs)),
         input_stride_(input_stride),
-        input_scales_(input_scales),
         num_words_((linear.num_inputs + P::kElements - 1) / P::kElements) {}
 
   template <bool kGated, class Sink>
@@ -74,12 +73,15 @@ class PackedLinear {
   void run_block(const Weight* const* columns, const int64_t* places, int64_t width, int64_t row, const Sink& sink) const {
     const Weight* ahead[V];
     for (int v = 0; v < V; v++) ahead[v] = columns[v] + kFetchDistance / sizeof(Weight);
-    alignas(64) typename P::Number sums[R][V * W];
+    alignas(64) float sums[R][V * W];
     const Word* inputs = inputs_ + row * input_stride_;
     const Operands<P> operands{columns, ahead, 1, width * P::kElements, inputs, input_stride_, num_words_};
-    multiply<P, R, V, kFetches>(operands, nullptr, sums[0], V * W);
+    if constexpr (std::is_same_v<P, Int8Products>)
+      multiply_quantized<R, V, kFetches>(operands, round_up(linear_.num_inputs, kLanes), sums[0], V * W);
+    else
+      multiply<P, R, V, kFetches>(operands, nullptr, sums[0], V * W);
     for (int r = 0; r < R; r++) {
-      const auto outputs = [&](int v) { return output(load<typename P::Sums>(sums[r] + v * W), row + r, places[v]); };
+      const auto outputs = [&](int v) { return output(load<Floats<W>>(sums[r] + v * W), places[v]); };
       if constexpr (kGated)
         for (int v = 0; v < V / 2; v++)
           sink.put(row + r, (places[v] - places[v] % kPanel) / 2 + places[v] % kPanel, outputs(v), outputs(v + V / 2));
@@ -88,22 +90,14 @@ class PackedLinear {
     }
   }
 
-  Floats<W> output(Floats<W> sums, int64_t, int64_t column) const { return with_bias(sums, column); }
-
-  Floats<W> output(Ints<W> sums, int64_t row, int64_t column) const {
-    const Ints<W> exact = sums - load<Ints<W>>(linear_.sums + column) * 128;
-    const Floats<W> scales = load<Floats<W>>(linear_.scales + column) * input_scales_[row];
-    return with_bias(__builtin_convertvector(exact, Floats<W>) * scales, column);
-  }
-
-  Floats<W> with_bias(Floats<W> outputs, int64_t column) const {
-    return linear_.bias ? outputs + load<Floats<W>>(linear_.bias + column) : outputs;
+  Floats<W> output(Floats<W> sums, int64_t column) const {
+    if constexpr (std::is_same_v<P, Int8Products>) sums *= load<Floats<W>>(linear_.scales + column);
+    return linear_.bias ? sums + load<Floats<W>>(linear_.bias + column) : sums;
   }
 
   const Linear& linear_;
   const Word* const inputs_;
   const int64_t input_stride_;
-  const float* const input_scales_;
   const int64_t num_words_;
 };
 

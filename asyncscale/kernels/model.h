@@ -16,7 +16,6 @@ enum Format : int64_t { kFloat32, kBFloat16, kFloat16, kInt8 };
 struct Linear {
   const void* weights;
   const float* scales;  // of each output, for int8
-  const int32_t* sums;  // of each output's weights, for int8
   const float* bias;    // of each output, or null
   int64_t num_outputs;  // padded
   int64_t num_inputs;

@@ -6,6 +6,7 @@
 // results bitwise the same for every batch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -73,10 +74,11 @@ struct BFloat16Products {
 #endif
 };
 
-// Weights are signed, inputs unsigned: 128 more than the number that they stand for.
+// Weights are unsigned: 128 more than the number that they stand for. Inputs are signed, and scaled in groups: see
+// QuantizedRow.
 struct Int8Products {
-  using Weight = int8_t;
-  using Input = uint8_t;
+  using Weight = uint8_t;
+  using Input = int8_t;
   using Word = uint32_t;
   using Number = int32_t;
   using Sums = Ints<W>;
@@ -87,7 +89,7 @@ struct Int8Products {
 
   static Vector load_weights(const Weight* from) { return load<__m512i>(from); }
   static Sums add(Sums sums, Vector weights, Word input) {
-    return (Sums)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(int(input)), weights);
+    return (Sums)_mm512_dpbusd_epi32((__m512i)sums, weights, _mm512_set1_epi32(int(input)));
   }
 #else
   // Bytes 0 and 2, and bytes 1 and 3, of each word as 16-bit numbers: their products' sums are exact.
@@ -96,15 +98,18 @@ struct Int8Products {
   };
 
   static Vector load_weights(const Weight* from) {
-    const auto words = load<Shorts>(from);
-    return {(Ints<W>)((words << 8) >> 8), (Ints<W>)(words >> 8)};
+    const auto words = load<Bits<W>>(from);
+    return {(Ints<W>)(words & 0x00ff00ffu), (Ints<W>)((words >> 8) & 0x00ff00ffu)};
   }
   static Sums add(Sums sums, Vector weights, Word input) {
-    return sums + multiply_pairs(weights.even, input & 0x00ff00ffu) + multiply_pairs(weights.odd, (input >> 8) & 0x00ff00ffu);
+    return sums + multiply_pairs(weights.even, signed_pair(input)) + multiply_pairs(weights.odd, signed_pair(input >> 8));
   }
 
  private:
-  typedef int16_t Shorts __attribute__((vector_size(4 * W)));
+  // Bytes 0 and 2 as signed 16-bit numbers.
+  static uint32_t signed_pair(uint32_t input) {
+    return uint32_t(uint16_t(int8_t(input))) | uint32_t(uint16_t(int8_t(input >> 16))) << 16;
+  }
 
   static Ints<W> multiply_pairs(Ints<W> weights, uint32_t input) {
 #if defined(__AVX512BW__)
@@ -112,10 +117,21 @@ struct Int8Products {
 #elif defined(__AVX2__)
     return (Ints<W>)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(int(input)));
 #else
-    return ((weights << 16) >> 16) * int32_t(input & 0xffffu) + (weights >> 16) * int32_t(input >> 16);
+    return (weights & 0xffff) * int32_t(int16_t(input)) + (weights >> 16) * int32_t(int16_t(input >> 16));
 #endif
   }
 #endif
+};
+
+// A row of inputs for int8: its elements in groups, each as whole numbers times a scale of its own, as a few elements are
+// much larger than all others and would leave those nothing to tell them apart with. Words of elements, then the groups'
+// scales, then 128 times their sums, which the weights' excess adds and which each group's sum begins with, negative.
+struct QuantizedRow {
+  static constexpr int64_t kGroup = 64;  // elements
+
+  static int64_t num_groups(int64_t size) { return (size + kGroup - 1) / kGroup; }
+  // size: a multiple of 4.
+  static int64_t words(int64_t size) { return size / 4 + 2 * num_groups(size); }
 };
 
 // What is summed: parts of num_words words each, one after the other.
@@ -174,6 +190,50 @@ __attribute__((noinline)) void multiply(const Operands<P>& operands, const float
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) store(sums + r * sums_stride + v * W, total[r][v]);
+}
+
+// As multiply, from zero, for a row of groups: each group's sum is exact, and added to the others as float32.
+// size: of a row, in elements.
+template <int R, int V, bool kFetches>
+__attribute__((noinline)) void multiply_quantized(const Operands<Int8Products>& operands, int64_t size, float* sums,
+                                                  int64_t sums_stride) {
+  using P = Int8Products;
+  constexpr int64_t kWords = QuantizedRow::kGroup / P::kElements;
+  const int64_t step = operands.step, stride = operands.input_stride, num_groups = QuantizedRow::num_groups(size);
+  for (int64_t group = 0; group < num_groups; group++) {
+    const uint32_t* scales = operands.inputs + size / P::kElements + group;
+    const uint32_t* beginnings = scales + num_groups;
+    P::Sums total[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) total[r][v] = P::Sums{} + int32_t(beginnings[r * stride]);
+    const int64_t end = std::min(operands.num_words, (group + 1) * kWords);
+    for (int64_t i = group * kWords; i < end; i++) {
+      P::Vector weights[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        weights[v] = P::load_weights(operands.columns[v] + i * step);
+        if constexpr (kFetches) __builtin_prefetch(operands.ahead[v] + i * step);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const uint32_t input = operands.inputs[r * stride + i];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) total[r][v] = P::add(total[r][v], weights[v], input);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const float scale = bit_cast<float>(scales[r * stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        float* at = sums + r * sums_stride + v * W;
+        const Floats<W> scaled = __builtin_convertvector(total[r][v], Floats<W>) * scale;
+        store(at, group == 0 ? scaled : load<Floats<W>>(at) + scaled);
+      }
+    }
+  }
 }
 
 // As many rows and vectors of sums as there are registers for, with the weights and an input.

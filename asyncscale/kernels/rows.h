@@ -9,33 +9,46 @@
 
 namespace kernels {
 
-// The largest number of words that a row of num_inputs takes, whatever the format: 4 bytes each.
-inline int64_t words_of(int64_t num_inputs) { return round_up(num_inputs, kLanes); }
+// Words (of 4 bytes) that a row of num_inputs takes as inputs of weights of `format`.
+inline int64_t words_of(int64_t num_inputs, int64_t format) {
+  const int64_t padded = round_up(num_inputs, kLanes);
+  return format == kInt8 ? QuantizedRow::words(padded) : format == kBFloat16 ? padded / 2 : padded;
+}
 
-// A row of float32 as inputs of a product with weights of `format`: rounded, or for int8 scaled so that the largest
-// magnitude is 127 (*scale is then what one step is worth). values: padded with zeros to a multiple of 16.
-inline void make_inputs(const float* values, int64_t size, int64_t format, void* inputs, float* scale) {
+// Rounds a group of up to QuantizedRow::kGroup values so that the largest magnitude is 127; sets its scale and 128 times
+// the negative sum. Where one is infinite or not a number, so is the scale, and with it each output.
+inline void quantize(const float* values, int64_t size, int8_t* to, float* scale, int32_t* beginning) {
+  Floats<W> magnitudes{}, spoilt{};
+  for (int64_t i = 0; i < size; i += W) {
+    const auto v = load<Floats<W>>(values + i);
+    magnitudes = larger<W>(magnitudes, larger<W>(v, -v));
+    spoilt += v * 0.0f;
+  }
+  const float most = largest<W>(magnitudes);
+  *scale = most / 127.0f + sum<W>(spoilt);
+  const float steps = most >= 1e-30f && std::isfinite(most) ? 127.0f / most : 0.0f;
+  int32_t total = 0;
+  for (int64_t i = 0; i < size; i++) {
+    const int32_t number = int32_t(bit_cast<uint32_t>(values[i] * steps + 12582912.0f) - 0x4b400000u);
+    to[i] = int8_t(number);
+    total += number;
+  }
+  *beginning = -128 * total;
+}
+
+// A row of float32 as inputs of a product with weights of `format`. values: padded with zeros to a multiple of 16.
+inline void make_inputs(const float* values, int64_t size, int64_t format, void* inputs) {
   const int64_t padded = round_up(size, kLanes);
-  switch (format) {
-    case kBFloat16:
-      return narrow(values, static_cast<BFloat16*>(inputs), padded);
-    case kInt8: {
-      Floats<W> largest_of_lanes{}, spoilt{};
-      for (int64_t i = 0; i < padded; i += W) {
-        const auto v = load<Floats<W>>(values + i);
-        largest_of_lanes = larger<W>(largest_of_lanes, larger<W>(v, -v));
-        spoilt += v * 0.0f;
-      }
-      const float most = largest<W>(largest_of_lanes);
-      // Where an input is infinite or not a number, so is the scale, and with it each output.
-      *scale = most / 127.0f + sum<W>(spoilt);
-      const float steps = most > 0 && std::isfinite(most) ? 127.0f / most : 0.0f;
-      auto* to = static_cast<uint8_t*>(inputs);
-      for (int64_t i = 0; i < padded; i++) to[i] = uint8_t(bit_cast<uint32_t>(values[i] * steps + 12582912.0f) + 128u);
-      return;
-    }
-    default:
-      std::memcpy(inputs, values, padded * sizeof(float));
+  if (format == kBFloat16) {
+    narrow(values, static_cast<BFloat16*>(inputs), padded);
+  } else if (format == kInt8) {
+    auto* elements = static_cast<int8_t*>(inputs);
+    auto* scales = reinterpret_cast<float*>(elements + padded);
+    auto* beginnings = reinterpret_cast<int32_t*>(scales + QuantizedRow::num_groups(padded));
+    for (int64_t i = 0; i < padded; i += QuantizedRow::kGroup)
+      quantize(values + i, std::min(QuantizedRow::kGroup, padded - i), elements + i, scales++, beginnings++);
+  } else {
+    std::memcpy(inputs, values, padded * sizeof(float));
   }
 }
 

@@ -14,9 +14,9 @@ from asyncscale.engine.batch import Batch
 from asyncscale.errors import ModelLoadError
 from asyncscale.kernels import library as native
 from asyncscale.kernels.library import FORMATS, Format, Library
+from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
-from asyncscale.model.memory import available_memory
 from asyncscale.model.packing import head_format
 from asyncscale.model.threads import num_threads
 from asyncscale.model.weight_cache import packed_weights
@@ -145,7 +145,6 @@ class _Model(native.Model):
             return native.Linear(
                 weights=address(f"{name}.weight"),
                 scales=address(f"{name}.scales"),
-                sums=address(f"{name}.sums"),
                 bias=address(f"{name}.bias"),
                 num_outputs=-(-num_outputs // _LANES) * _LANES,
                 num_inputs=num_inputs,

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles, DType, EngineSpec
+from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
-from asyncscale.model.memory import available_memory
 from asyncscale.model.threads import num_threads
 from asyncscale.model.torch_attention import TorchAttention, TorchPlan
 from asyncscale.model.torch_kv_cache import KVCache, bytes_per_block

@@ -91,6 +91,13 @@ class Driver:
             self.prompt_logprobs[row] += [entry.logprobs for entry in entries]
 
 
+@pytest.fixture(autouse=True)
+def weight_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Random checkpoints leave nothing in the user's own cache."""
+    monkeypatch.setenv("ASYNCSCALE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
     """A transformers model of random weights, large enough that its greedy output varies; keywords go to its config."""

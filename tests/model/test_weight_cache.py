@@ -51,10 +51,9 @@ def files(tmp_path: Path) -> CheckpointFiles:
     return CheckpointFiles(name="tiny", format="safetensors", path=str(folder))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ASYNCSCALE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "weights"
+@pytest.fixture
+def cache(weight_cache_folder: Path) -> Path:
+    return weight_cache_folder
 
 
 class Builds:

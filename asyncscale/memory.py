@@ -1,4 +1,4 @@
-"""How much memory is free for the KV cache."""
+"""How much memory is free."""
 
 from __future__ import annotations
 

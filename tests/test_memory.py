@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncscale.model.memory import _cgroup_memory, available_memory
+from asyncscale.memory import _cgroup_memory, available_memory
 
 MIB = 2**20
 
