@@ -6,6 +6,7 @@ The engine loads the best one that its CPU has. A library that cannot be built i
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -23,20 +24,26 @@ class BuildBesideSources(build_ext):
                 self.warn(f"the source tree stays without the native kernels: {error}")
 
 
-_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-_X86_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+_X86_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": _AVX512,
+    "avx512_vnni": [*_AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
+}
+_KERNELS = Path(__file__).parent / "asyncscale" / "kernels"
 
 
-def _attention(isa: str, flags: list[str]) -> Extension:
+def _kernels(isa: str, flags: list[str]) -> Extension:
     return Extension(
-        f"asyncscale.kernels._attention_{isa}",
-        ["asyncscale/kernels/attention.cpp"],
-        depends=[f"asyncscale/kernels/{name}.h" for name in ("paged_attention", "plan", "scores", "vectors")],
-        # The standard says nothing of fused multiplications, so compilers have to be told that they may.
+        f"asyncscale.kernels._kernels_{isa}",
+        sorted(f"asyncscale/kernels/{path.name}" for path in _KERNELS.glob("*.cpp")),
+        depends=sorted(f"asyncscale/kernels/{path.name}" for path in _KERNELS.glob("*.h")),
         extra_compile_args=[
-            "-std=c++17",
+            "-std=c++20",
             "-O3",
             "-g0",
+            # The standard says nothing of fused multiplications, so compilers have to be told that they may.
             "-ffp-contract=fast",
             "-fvisibility=hidden",
             "-pthread",
@@ -51,5 +58,5 @@ def _attention(isa: str, flags: list[str]) -> Extension:
 _is_x86 = platform.machine().lower() in ("x86_64", "amd64")
 setup(
     cmdclass={"build_ext": BuildBesideSources},
-    ext_modules=[_attention(isa, flags) for isa, flags in {"portable": [], **(_X86_FLAGS if _is_x86 else {})}.items()],
+    ext_modules=[_kernels(isa, flags) for isa, flags in {"portable": [], **(_X86_FLAGS if _is_x86 else {})}.items()],
 )

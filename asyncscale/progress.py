@@ -7,6 +7,7 @@ last ended, in nanoseconds of the monotonic clock, which all processes of a host
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import struct
@@ -14,6 +15,7 @@ import time
 from dataclasses import dataclass
 
 _FORMAT = struct.Struct("=4Q")
+_CELL_BYTES = 8
 _TICKS, _RESTING, _STEP_BEGAN, _STEP_ENDED = range(4)
 
 
@@ -47,6 +49,13 @@ class Progress:
             with open(path, "r+b") as file:
                 memory = mmap.mmap(file.fileno(), _FORMAT.size)
         self._cells = memoryview(memory).cast("Q")
+        # For native code, which counts on its own. Keeps the mapping alive.
+        self._native_ticks = ctypes.c_uint64.from_buffer(memory, _TICKS * _CELL_BYTES)
+
+    @property
+    def ticks_address(self) -> int:
+        """Where the ticks are: a native 64-bit number that may be counted up instead of calling `tick`."""
+        return ctypes.addressof(self._native_ticks)
 
     def work(self) -> None:
         """There is something to do."""

@@ -71,7 +71,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             heartbeat=True,
         )
         progress = Progress(spec.progress_path)
-        runner.tick = progress.tick
+        runner.progress = progress
         server = EngineServer(EngineCore(runner, spec.config), socket, spec.num_engines, progress)
     except BaseException as error:
         text = traceback.format_exc()

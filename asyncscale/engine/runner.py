@@ -7,6 +7,7 @@ from typing import Protocol
 
 from asyncscale.engine.batch import Batch, StepResult
 from asyncscale.engine.request import Request
+from asyncscale.progress import Progress
 
 
 class Runner(Protocol):
@@ -18,8 +19,8 @@ class Runner(Protocol):
     tokens takes about (1 + token_cost * n) times as long as one of none could. Drafts are made where they pay by that
     measure. Infinite where logits are not bit by bit the same whatever else is computed beside them: nothing is ever
     drafted then.
-    tick: to be called again and again while a batch is computed, at least after each layer. It is how a long step is
-    told from one that hangs; whoever runs the engine may set it.
+    progress: where to tick again and again while a batch is computed, at least once in each layer. It is how a long
+    step is told from one that hangs; whoever runs the engine may set it.
     """
 
     vocab_size: int
@@ -28,7 +29,7 @@ class Runner(Protocol):
     dtype: str
     supports_prefix_caching: bool
     token_cost: float
-    tick: Callable[[], None]
+    progress: Progress
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on (also when it comes back after a preemption)."""

@@ -5,8 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -129,13 +130,11 @@ inline float largest(Floats<W> v) {
     return v[0];
 }
 
-// 2^x for x <= 0, within two units in the last place; 0 below the smallest normal number. NaN stays NaN.
+// 2^x for x <= 0, within two units in the last place; 0 where that is less than 2^-126.5. NaN stays NaN.
 // The fraction's power is its Taylor series: (x ln 2)^k / k!.
 template <int W>
 inline Floats<W> exp2(Floats<W> x) {
-  const Floats<W> lowest = broadcast<W>(-126.0f);
-  const auto underflows = x < lowest;
-  x = underflows ? lowest : x;
+  x = larger<W>(broadcast<W>(-127.0f), x);  // whose exponent's bits are those of zero
   const Floats<W> shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which is then in the low bits
   const Floats<W> fraction = x - (shifted - 12582912.0f);
   Floats<W> power = broadcast<W>(1.52527338e-5f);
@@ -147,8 +146,7 @@ inline Floats<W> exp2(Floats<W> x) {
   power = power * fraction + 6.93147181e-1f;
   power = power * fraction + 1.0f;
   const Bits<W> exponent = (bit_cast<Bits<W>>(shifted) << 23) + 0x3f800000u;
-  const Floats<W> result = power * bit_cast<Floats<W>>(exponent);
-  return underflows ? Floats<W>{} : result;
+  return power * bit_cast<Floats<W>>(exponent);
 }
 
 // 2 * W consecutive elements as float32: halves of words as they lie in memory for 16-bit types, so that no lane moves.
@@ -197,6 +195,23 @@ inline Floats<W> from_float16(Bits<W> upper) {
   return bit_cast<Floats<W>>((magnitude < 0x0f800000u ? bit_cast<Bits<W>>(finite) : special) | sign);
 }
 
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float to_float(Float16 x) { return from_float16<1>(Bits<1>{uint32_t(x.bits) << 16})[0]; }
+
+// Consecutive float16 numbers.
+inline Floats<kNativeWidth> widen(const Float16* from) {
+#if defined(__AVX512F__)
+  return (Floats<kNativeWidth>)_mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(__F16C__)
+  return (Floats<kNativeWidth>)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+  Floats<kNativeWidth> wide;
+  for (int i = 0; i < kNativeWidth; i++) wide[i] = to_float(from[i]);
+  return wide;
+#endif
+}
+
 template <int W>
 inline Pair<W> load_pair(const Float16* from) {
   const auto words = load<Bits<W>>(from);
@@ -222,8 +237,52 @@ inline void store_pair(Float16* to, Pair<W> pair) {
   store(to, round_to_float16<W>(pair.first) | (round_to_float16<W>(pair.second) << 16));
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-inline float to_float(Float16 x) { return from_float16<1>(Bits<1>{uint32_t(x.bits) << 16})[0]; }
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, BFloat16& to) { to.bits = uint16_t(round_to_bfloat16<1>(Floats<1>{x})[0]); }
+inline void narrow(float x, Float16& to) { to.bits = uint16_t(round_to_float16<1>(Floats<1>{x})[0]); }
+
+// size: a multiple of 16.
+template <class E>
+inline void narrow(const float* from, E* to, int64_t size) {
+  for (int64_t i = 0; i < size; i++) narrow(from[i], to[i]);
+}
+
+template <>
+inline void narrow(const float* from, float* to, int64_t size) { std::memcpy(to, from, size * sizeof(float)); }
+
+#if defined(__AVX512BF16__)
+template <>
+inline void narrow(const float* from, BFloat16* to, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) store(to + i, _mm512_cvtneps_pbh(load<__m512>(from + i)));
+}
+#endif
+
+// A vector of numbers. Returns what is stored, widened again.
+template <class E>
+inline Floats<kNativeWidth> narrow_vector(Floats<kNativeWidth> from, E* to) {
+  if constexpr (std::is_same_v<E, float>) {
+    store(to, from);
+    return from;
+  } else {
+    static_assert(std::is_same_v<E, BFloat16>);
+#if defined(__AVX512BF16__)
+    const auto narrowed = (__m256i)_mm512_cvtneps_pbh((__m512)from);
+    store(to, narrowed);
+    return bit_cast<Floats<16>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed), 16));
+#else
+    const Bits<kNativeWidth> bits = round_to_bfloat16<kNativeWidth>(from);
+    for (int i = 0; i < kNativeWidth; i++) to[i].bits = uint16_t(bits[i]);
+    return bit_cast<Floats<kNativeWidth>>(bits << 16);
+#endif
+  }
+}
+
+// As the above, for any size.
+template <class E>
+inline void narrow_any(const float* from, E* to, int64_t size) {
+  const int64_t whole = size / 16 * 16;
+  narrow(from, to, whole);
+  for (int64_t i = whole; i < size; i++) narrow(from[i], to[i]);
+}
 
 }  // namespace vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,11 +13,17 @@ import numpy.typing as npt
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles, EngineSpec
 from asyncscale.engine.batch import Batch
+from asyncscale.errors import ModelLoadError
+from asyncscale.kernels.library import load_library
+from asyncscale.model.torch_devices import has_gpu
+from asyncscale.progress import Progress
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Report = Callable[[str, float], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,7 @@ class Decoder(Protocol):
     dtype: of weights and KV cache, by its name. num_blocks: of the KV cache. num_threads: that compute.
     rope_factors: divisors of RoPE's frequencies that the checkpoint holds, float32[head_dim / 2].
     token_cost: see engine.runner.Runner; infinite where logits depend on what else is computed beside them.
-    tick: called again and again while a step is computed, at least after each layer; may be set.
+    progress: where ticks are counted while a step is computed, at least one in each layer; may be set.
     """
 
     dtype: str
@@ -54,7 +61,7 @@ class Decoder(Protocol):
     num_threads: int
     token_cost: float
     rope_factors: Float32 | None
-    tick: Callable[[], None]
+    progress: Progress
 
     def forward(self, step: StepTokens) -> None:
         """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache."""
@@ -73,6 +80,21 @@ def make_decoder(
 
     Raises ModelLoadError where the checkpoint cannot be read or there is not enough memory.
     """
+    if not has_gpu():
+        library = load_library()
+        if library is not None:
+            from asyncscale.model.native_decoder import NativeDecoder
+
+            return NativeDecoder(library, spec, files, model, max_model_len, report)
+        _log.warning(
+            "asyncscale was installed without its native kernels (no C++ compiler?): "
+            "the model is computed in torch, which is several times slower"
+        )
+    if spec.config.quantization is not None:
+        raise ModelLoadError(
+            f"quantization={spec.config.quantization!r} needs the native kernels, which compute on CPUs only, "
+            "and which an installation with a C++ compiler has"
+        )
     from asyncscale.model.torch_decoder import TorchDecoder
 
     return TorchDecoder(spec, files, model, max_model_len, report)

@@ -10,7 +10,7 @@
 
 Linear layers are `layers.{i}.qkv` (queries, keys, values below one another), `.o`, `.gate_up` (in each panel first the
 gates, then the same outputs' ups) and `.down`, and `head`. Each is a `.weight` (see panels.py), a `.bias` where the
-model has one, and in int8 `.scales` and `.sums`: of each output, in the order of the packed outputs, zero in padding.
+model has one, and in int8 `.scales`: of each output, in the order of the packed outputs, zero in padding.
 `.down` has as many inputs as `.gate_up` has pairs, padding included. The others are `layers.{i}.input_norm`,
 `.post_attention_norm` and `.qk_norm` (a row for each query head, then for each key head), `norm`, and `embedding`.
 """
@@ -39,7 +39,7 @@ from asyncscale.model.panels import (
 
 WeightFormat = Literal["float32", "bfloat16", "float16", "int8"]
 
-PACKING_VERSION = 1  # goes up with every change of what is packed, or how
+PACKING_VERSION = 2  # goes up with every change of what is packed, or how
 
 _INT8_EMBEDDING: WeightFormat = "bfloat16"
 _INT8_HEAD: WeightFormat = "int8"
@@ -184,4 +184,3 @@ def _linear_specs(linear: _Linear) -> Iterator[tuple[str, TensorSpec]]:
         yield "bias", TensorSpec("float32", (num_outputs,))
     if linear.element.name == "int8":
         yield "scales", TensorSpec("float32", (num_outputs,))
-        yield "sums", TensorSpec("int32", (num_outputs,))

@@ -25,7 +25,7 @@ _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # below it, float32 loses di
 
 @dataclass(frozen=True, slots=True)
 class ElementType:
-    """What a weight's elements are stored as. dtype: numpy's; bfloat16 is uint16, its bits.
+    """What a weight's elements are stored as. dtype: numpy's; bfloat16 is uint16, its bits; int8 is uint8, 128 more.
 
     group: how many products the CPU sums in one instruction per output.
     """
@@ -46,7 +46,7 @@ ELEMENT_TYPES = {
         ElementType("float32", "float32", 1),
         ElementType("float16", "float16", 1),
         ElementType("bfloat16", "uint16", 2),
-        ElementType("int8", "int8", 4),
+        ElementType("int8", "uint8", 4),
     )
 }
 
@@ -69,8 +69,8 @@ def bfloat16_bits(values: Float32) -> npt.NDArray[np.uint16]:
     return result
 
 
-def quantize(rows: Float32) -> tuple[npt.NDArray[np.int8], Float32, npt.NDArray[np.int32]]:
-    """Each row in whole numbers from -127 to 127 times the row's scale; scales; and the sum of each row's numbers.
+def quantize(rows: Float32) -> tuple[npt.NDArray[np.uint8], Float32]:
+    """Each row in whole numbers from -127 to 127 times the row's scale, stored as 128 more; and the scales.
 
     The scale of a row of zeros is zero; that of a row with an infinity or a NaN is NaN.
     """
@@ -82,8 +82,8 @@ def quantize(rows: Float32) -> tuple[npt.NDArray[np.int8], Float32, npt.NDArray[
     values = rows / divisors[:, None]
     np.rint(values, out=values)
     values[~usable] = 0
-    quantized = values.astype(np.int8)
-    return quantized, scales, quantized.sum(axis=1, dtype=np.int32)
+    values += 128
+    return values.astype(np.uint8), scales
 
 
 class PackedLinear:
@@ -104,7 +104,6 @@ class PackedLinear:
         self._weight = tensors[f"{name}.weight"]
         self._bias = tensors.get(f"{name}.bias")
         self._scales = tensors.get(f"{name}.scales")
-        self._sums = tensors.get(f"{name}.sums")
         self._padded_outputs = len(self._weight) // padded_inputs
 
     def write(self, rows: Float32, columns: Columns) -> None:
@@ -129,8 +128,8 @@ class PackedLinear:
         return flat.view(self._element.group_dtype).reshape(-1, width)
 
     def _encode(self, rows: Float32, first: int, last: int) -> npt.NDArray[Any]:
-        if self._scales is not None and self._sums is not None:
-            quantized, self._scales[first:last], self._sums[first:last] = quantize(rows)
+        if self._scales is not None:
+            quantized, self._scales[first:last] = quantize(rows)
             return quantized
         return encode(rows, self._element.name)
 

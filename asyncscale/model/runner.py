@@ -15,10 +15,11 @@ from asyncscale.engine.verification import find_kept, sample_points
 from asyncscale.errors import ModelLoadError
 from asyncscale.messages import TokenLogprobs
 from asyncscale.model.decoder import Report, StepTokens, make_decoder
-from asyncscale.model.logprobs import prompt_logprobs
+from asyncscale.model.numpy_sampling import make_sampling_kernels
 from asyncscale.model.rope import RotaryEmbedding
 from asyncscale.model.sampler import Sampler
 from asyncscale.params import Sampling
+from asyncscale.progress import Progress
 
 # Prompt positions whose logits are held at once: 25 MB for a vocabulary of 50,000.
 _LOGITS_ROWS = 128
@@ -50,19 +51,19 @@ class ModelRunner:
         self.num_blocks = self._decoder.num_blocks
         self.token_cost = self._decoder.token_cost
         self._rotary = RotaryEmbedding(model.rope, model.head_dim, self._decoder.rope_factors)
-        self._sampler = Sampler(config.max_num_seqs, self.vocab_size)
+        self._sampler = Sampler(config.max_num_seqs, self.vocab_size, make_sampling_kernels(self.vocab_size))
         self._prompt_logprobs: dict[int, int] = {}
         report("warm-up", 0.0)
         self._warm_up(config)
         report("warm-up", 1.0)
 
     @property
-    def tick(self) -> Callable[[], None]:
-        return self._decoder.tick
+    def progress(self) -> Progress:
+        return self._decoder.progress
 
-    @tick.setter
-    def tick(self, tick: Callable[[], None]) -> None:
-        self._decoder.tick = tick
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._decoder.progress = progress
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on."""
@@ -120,8 +121,8 @@ class ModelRunner:
         for begin in range(0, len(token_ids), _LOGITS_ROWS):
             part = token_ids[begin : begin + _LOGITS_ROWS]
             logits = self._decoder.logits(first_token + begin + np.arange(len(part)))
-            result += prompt_logprobs(logits, part, self._prompt_logprobs[row])
-            self.tick()
+            result += self._sampler.prompt_logprobs(logits, part, self._prompt_logprobs[row])
+            self.progress.tick()
         return result
 
     def _warm_up(self, config: EngineConfig) -> None:

@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from asyncscale.engine.batch import Int32, SequenceTable
 from asyncscale.engine.request import Request
+from asyncscale.kernels.sampling import DRAW, SamplingKernels
 from asyncscale.messages import TokenLogprobs
 from asyncscale.model.bias import apply_bias, is_biased
-from asyncscale.model.drawing import draw, thresholds
-from asyncscale.model.logprobs import log_probabilities, token_logprobs
+from asyncscale.model.logprobs import token_logprobs
 from asyncscale.model.penalties import RowPenalties, apply_penalties, is_penalized
 from asyncscale.model.random_bits import uniforms
 from asyncscale.params import Sampling
@@ -43,7 +43,7 @@ class Sampler:
 
     ::
 
-        sampler = Sampler(max_num_seqs, vocab_size)
+        sampler = Sampler(max_num_seqs, vocab_size, make_sampling_kernels(vocab_size))
         sampler.add(row, request)
         sampled = sampler.sample(logits, rows, table)
         sampler.remove(row)
@@ -53,8 +53,9 @@ class Sampler:
     and a draw. The draw depends on nothing but the row's logits, its seed and the new token's position.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int, kernels: SamplingKernels) -> None:
         self._vocab_size = vocab_size
+        self._kernels = kernels
         self._rows = np.zeros(max_num_seqs, _ROW)
         self._only_greedy = np.zeros(max_num_seqs, np.bool_)
         self._samplings: dict[int, Sampling] = {}
@@ -85,8 +86,9 @@ class Sampler:
     def sample(self, logits: Float32, rows: Int32, table: SequenceTable, positions: Int32 | None = None) -> Sampled:
         """The next token of each of `rows`.
 
-        logits: float32[m, V]; overwritten. rows: int32[m]. table: as of before the step, so that the new token's
-        position is table.num_tokens[row]. A row that has no token to choose is in `errors`; the others are unharmed.
+        logits: float32[m, V], contiguous; overwritten. rows: int32[m]. table: as of before the step, so that the new
+        token's position is table.num_tokens[row]. A row that has no token to choose is in `errors`; the others are
+        unharmed.
 
         positions: int32[m], of the new tokens, where they are not all the next: several drafts of a row are verified
         at once. A row may then come several times, if nothing in its request looks at the tokens before or asks for
@@ -99,22 +101,30 @@ class Sampler:
             positions = table.num_tokens[rows]
         params = self._rows[rows]
         asked = np.flatnonzero(params["logprobs"] != _NO_LOGPROBS)
-        raw = log_probabilities(_select(logits, asked)) if asked.size else None
+        raw, at = logits, asked
+        if (params["biased"] | params["penalized"])[asked].any():
+            raw, at = logits[asked], np.arange(len(asked))
         self._process(logits, rows, params, table)
 
         token_ids, highest = _argmax(logits)
         errors = self._errors(rows, highest)
         random = np.flatnonzero(params["random"] & np.isfinite(highest))
         if random.size:
-            token_ids[random] = _draw(_select(logits, random), params[random], positions[random])
-
-        logprobs: dict[int, TokenLogprobs] = {}
-        if raw is not None:
-            entries = token_logprobs(raw, token_ids[asked], params["logprobs"][asked])
-            logprobs = dict(zip(rows[asked].tolist(), entries, strict=True))
+            draws = _draws(random, highest[random], params[random], positions[random])
+            token_ids[random] = self._kernels.draw(logits, draws)
+        entries = token_logprobs(self._kernels, raw, at, token_ids[asked], params["logprobs"][asked])
+        logprobs = dict(zip(rows[asked].tolist(), entries, strict=True))
         for row in errors:
             logprobs.pop(row, None)
         return Sampled(token_ids.astype(np.int32), logprobs, errors)
+
+    def prompt_logprobs(self, logits: Float32, token_ids: Int32, num_top: int) -> list[TokenLogprobs]:
+        """Log-probabilities of `token_ids` (of a prompt) and of the `num_top` most likely tokens at each position.
+
+        logits: float32[k, V], row i from the position before token_ids[i]. token_ids: int32[k].
+        """
+        rows = np.arange(len(token_ids))
+        return token_logprobs(self._kernels, logits, rows, token_ids, np.full(len(rows), num_top, np.int32))
 
     def _process(self, logits: Float32, rows: Int32, params: npt.NDArray[np.void], table: SequenceTable) -> None:
         def generated(row: int) -> Int32:
@@ -139,29 +149,20 @@ class Sampler:
         return errors
 
 
-def _draw(logits: Float32, params: npt.NDArray[np.void], positions: Int32) -> Int64:
-    """One token per row at random. logits: float32[r, V], overwritten. params: _ROW[r]. positions: int32[r]."""
-    probabilities = _softmax(logits / params["temperature"][:, None])
-    if np.any((params["top_k"] > 0) | (params["top_p"] < 1) | (params["min_p"] > 0)):
-        least = thresholds(probabilities, params["top_k"], params["top_p"], params["min_p"])
-        np.multiply(probabilities, probabilities >= least[:, None], out=probabilities)
-    return draw(probabilities, uniforms(params["seed"], positions))
-
-
-def _softmax(logits: Float32) -> Float32:
-    weights: Float32 = np.exp(logits - logits.max(1, keepdims=True))
-    weights /= weights.sum(1, keepdims=True)
-    return weights
+def _draws(indices: Int64, highest: Float32, params: npt.NDArray[np.void], positions: Int32) -> npt.NDArray[np.void]:
+    """Of dtype DRAW, for the rows `indices` of the logits; the other arguments are of these rows."""
+    draws = np.zeros(len(indices), DRAW)
+    draws["index"], draws["highest"] = indices, highest
+    draws["uniform"] = uniforms(params["seed"], positions)
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        draws[name] = params[name]
+    return draws
 
 
 def _argmax(logits: Float32) -> tuple[Int64, Float32]:
     """The first highest logit of each row: where it is, and its value (not a number when the row holds such)."""
     token_ids = logits.argmax(1)
     return token_ids, logits[np.arange(len(logits)), token_ids]
-
-
-def _select(logits: Float32, indices: Int64) -> Float32:
-    return logits if len(indices) == len(logits) else logits[indices]
 
 
 def _no_token(highest: float) -> str:

@@ -17,6 +17,7 @@ from asyncscale.engine.batch import Batch, Int32, StepResult
 from asyncscale.engine.request import Request
 from asyncscale.engine.verification import find_kept, sample_points
 from asyncscale.messages import TokenLogprobs
+from asyncscale.progress import Progress
 
 EOS_TOKEN_ID = 256  # below it, token ids are bytes of text
 _TICK_S = 0.1
@@ -52,7 +53,7 @@ class SimulatedRunner:
         self._logprob_rows: set[int] = set()
         self._prompt_logprob_rows: set[int] = set()
         self._fault_rows: dict[int, Fault] = {}
-        self.tick: Callable[[], None] = lambda: None
+        self.progress = Progress()
         time.sleep(model.load_s)
 
     def add(self, row: int, request: Request) -> None:
@@ -180,7 +181,7 @@ class SimulatedRunner:
     def _sleep_until(self, deadline: float) -> None:
         """Of time.monotonic; returns at once when it has passed."""
         while (remaining := deadline - time.monotonic()) > 0:
-            self.tick()
+            self.progress.tick()
             time.sleep(min(remaining, _TICK_S))
 
 

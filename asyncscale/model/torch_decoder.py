@@ -6,7 +6,6 @@ It is the decoder-only transformer that Llama, Mistral, Qwen2 and Qwen3 are case
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +16,14 @@ from torch.nn import functional as F
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles, DType, EngineSpec
 from asyncscale.memory import available_memory
-from asyncscale.model.attention import AttentionPlan, make_attention
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
 from asyncscale.model.threads import num_threads
-from asyncscale.model.torch_kv_cache import KVCache
+from asyncscale.model.torch_attention import TorchAttention, TorchPlan
+from asyncscale.model.torch_kv_cache import KVCache, bytes_per_block
 from asyncscale.model.torch_linear import Linear
 from asyncscale.model.torch_weights import load_weights
+from asyncscale.progress import Progress
 
 
 class TorchDecoder:
@@ -43,14 +43,13 @@ class TorchDecoder:
         weights = load_weights(files, model, self._dtype, self._device, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
         self._take(weights.tensors, model)
-        self.num_blocks = num_cache_blocks(
-            spec, model, max_model_len, self._dtype.itemsize, _available_memory(self._device)
-        )
+        block_bytes = bytes_per_block(model, spec.config.block_size, self._dtype)
+        self.num_blocks = num_cache_blocks(spec, max_model_len, block_bytes, _available_memory(self._device))
         self._cache = KVCache(model, self.num_blocks, spec.config.block_size, self._dtype, self._device)
-        self._attention = make_attention(self._cache, model.num_heads)
+        self._attention = TorchAttention(self._cache)
         self.token_cost = math.inf
         self._hidden = torch.empty(0)
-        self.tick: Callable[[], None] = lambda: None
+        self.progress = Progress()
 
     def _take(self, tensors: dict[str, Tensor], model: ModelConfig) -> None:
         """Takes the tensors out, so that none is held twice when layers store theirs in another layout."""
@@ -81,19 +80,19 @@ class TorchDecoder:
         hidden: Tensor,
         angles: tuple[Tensor, Tensor],
         write_rows: Tensor,
-        plan: AttentionPlan,
+        plan: TorchPlan,
     ) -> None:
         """Adds what the layer computes to `hidden`."""
         normed = self._rms_norm(hidden, layer.input_norm).to(self._dtype)
         queries, keys, values = layer.project(normed, *angles, self._eps)
         self._cache.write(index, write_rows, keys, values)
-        self.tick()
+        self.progress.tick()
         attended = plan.attend(index, queries)
-        self.tick()
+        self.progress.tick()
         hidden += layer.output(attended.view(len(attended), -1))
         normed = self._rms_norm(hidden, layer.post_attention_norm).to(self._dtype)
         hidden += layer.mlp(normed)
-        self.tick()
+        self.progress.tick()
 
     @torch.inference_mode()
     def logits(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -12,6 +12,11 @@ from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.errors import ModelLoadError
 
 
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block: keys and values of `block_size` tokens in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+
+
 class KVCache:
     """Keys and values, [num_layers, 2 (key, value), num_blocks, num_kv_heads, block_size, head_dim].
 

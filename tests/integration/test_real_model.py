@@ -140,7 +140,7 @@ async def test_bfloat16_agrees_on_the_most_likely_token_wherever_the_margin_is_c
     second, first = np.partition(logits, -2, axis=1)[:, -2:].T
     assert completion.prompt_logprobs is not None
     for position, table in enumerate(completion.prompt_logprobs[1:]):
-        if first[position] - second[position] > 0.1:
+        if first[position] - second[position] > 0.125:  # what bfloat16 tells apart where logits are 16 and more
             assert table is not None
             best = min(table, key=lambda token_id: table[token_id].rank)
             assert best == logits[position].argmax(), f"position {position}"

@@ -11,25 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from asyncscale.kernels import attention
+from asyncscale.kernels import library
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "asyncscale" / "kernels"
-BEST = attention.load_attention()
-
-
-@pytest.mark.parametrize("flags", [(), ("-march=native",)])
-def test_no_byte_beyond_the_buffers_is_touched(flags: tuple[str, ...], tmp_path: Path) -> None:
-    if shutil.which("g++") is None or not SOURCES.exists():
-        pytest.skip("needs g++ and the sources")
-    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = ["g++", "-std=c++17", *sanitizers, *flags, "-pthread", f"-I{SOURCES}", "-o", str(tmp_path / "run")]
-    built = subprocess.run([*command, str(Path(__file__).with_name("sanitized.cpp"))], capture_output=True, text=True)
-    if "cannot find -lasan" in built.stderr or "cannot find -lubsan" in built.stderr:
-        pytest.skip("needs the sanitizers' libraries")
-    assert built.returncode == 0, built.stderr
-    result = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+BEST = library.load_library()
 
 
 def test_without_a_compiler_the_build_succeeds_and_says_what_is_left_out(tmp_path: Path) -> None:
@@ -39,24 +25,24 @@ def test_without_a_compiler_the_build_succeeds_and_says_what_is_left_out(tmp_pat
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | compilers, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert 'building extension "asyncscale.kernels._attention_portable" failed' in result.stdout + result.stderr
-    assert list(tmp_path.rglob("_attention*")) == []
+    assert 'building extension "asyncscale.kernels._kernels_portable" failed' in result.stdout + result.stderr
+    assert list(tmp_path.rglob("_kernels*")) == []
 
 
 def test_a_library_that_was_not_built_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_FOLDER", tmp_path)
-    assert attention.load_attention() is None
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    assert library.load_library() is None
 
 
 def test_a_library_that_is_broken_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if BEST is None:
         pytest.skip("the kernels were not built")
-    for path in Path(attention.__file__).parent.glob("_attention_*.so"):
+    for path in Path(library.__file__).parent.glob("_kernels_*.so"):
         shutil.copy(path, tmp_path)
-        if f"_attention_{BEST.isa}." in path.name:
+        if f"_kernels_{BEST.isa}." in path.name:
             (tmp_path / path.name).write_bytes(b"not a library")
-    monkeypatch.setattr(attention, "_FOLDER", tmp_path)
-    found = attention.load_attention()
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    found = library.load_library()
     assert found is None or found.isa != BEST.isa
 
 
@@ -74,6 +60,6 @@ def test_a_build_leaves_the_libraries_beside_their_sources_too(tmp_path: Path) -
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
     result = subprocess.run(command, cwd=tmp_path, env=os.environ | compilers, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    built = {path.name for path in (tmp_path / "lib").rglob("_attention_*.so")}
+    built = {path.name for path in (tmp_path / "lib").rglob("_kernels_*.so")}
     assert any("portable" in name for name in built)
-    assert {path.name for path in sources.glob("_attention_*.so")} == built
+    assert {path.name for path in sources.glob("_kernels_*.so")} == built

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from asyncscale.kernels.attention import load_attention
-from asyncscale.model import attention
+from asyncscale.kernels.library import load_library
+from asyncscale.model import decoder
 
 NUM_TOKENS = 40
 PROMPT_LENGTHS = (1, 19, 70, 45)
@@ -60,13 +60,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def either_attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test runs with the native kernel, and without."""
+@pytest.fixture(params=["native", "torch"])
+def either_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs with the native kernels, and without."""
     if request.param == "torch":
-        monkeypatch.setattr(attention, "load_attention", lambda: None)
-    elif load_attention() is None:
-        pytest.skip("the kernel was not built")
+        monkeypatch.setattr(decoder, "load_library", lambda: None)
+    elif load_library() is None:
+        pytest.skip("the kernels were not built")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def _forget_lengths(model: Any) -> None:
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
 
-@pytest.mark.usefixtures("either_attention")
+@pytest.mark.usefixtures("either_decoder")
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_and_logprobs_are_those_of_transformers(
     case: str,
@@ -120,7 +120,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(
         np.testing.assert_allclose([entry[0] for entry in driver.prompt_logprobs[row]], of_prompt, atol=1e-4)
 
 
-@pytest.mark.usefixtures("either_attention")
+@pytest.mark.usefixtures("either_decoder")
 @pytest.mark.parametrize("case", ["llama", "llama-dynamic", "mistral-window", "qwen2-window", "qwen3"])
 def test_tokens_do_not_depend_on_chunks_company_or_blocks(
     case: str,
@@ -151,7 +151,7 @@ def test_a_sequence_resumed_with_its_generated_tokens_continues_the_same_beyond_
         assert resumed[0] == tokens[generated:]
 
 
-@pytest.mark.usefixtures("either_attention")
+@pytest.mark.usefixtures("either_decoder")
 def test_many_sequences_of_very_different_lengths_decode_as_each_alone(
     make_model: Callable[..., Any], save: Callable[..., Any], make_runner: Callable[..., Any], drive: Any
 ) -> None:
@@ -164,7 +164,7 @@ def test_many_sequences_of_very_different_lengths_decode_as_each_alone(
     assert together == alone
 
 
-@pytest.mark.usefixtures("either_attention")
+@pytest.mark.usefixtures("either_decoder")
 def test_a_window_at_the_end_of_the_context_decodes_beside_one_at_its_beginning(
     make_model: Callable[..., Any], save: Callable[..., Any], make_runner: Callable[..., Any], drive: Any
 ) -> None:

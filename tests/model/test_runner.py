@@ -14,11 +14,13 @@ from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch, SequenceTable
 from asyncscale.engine.request import Request
 from asyncscale.errors import ModelLoadError
-from asyncscale.model import torch_decoder
+from asyncscale.kernels.library import load_library
+from asyncscale.model import decoder, native_decoder, torch_decoder
 from asyncscale.model.runner import ModelRunner
+from asyncscale.model.threads import num_threads
 from asyncscale.params import Sampling
 
-BLOCK_SIZE = 4
+BLOCK_SIZE = 16
 # keys and values, 3 layers, 2 heads of 16 values in float32
 BLOCK_BYTES = 2 * 3 * 2 * 16 * 4 * BLOCK_SIZE
 
@@ -144,7 +146,9 @@ def test_the_cache_is_no_larger_than_its_sequences_can_use(
 def test_a_fraction_of_free_memory_is_divided_over_engines(
     files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_decoder, "available_memory", lambda: 100 * BLOCK_BYTES)
+    monkeypatch.setattr(
+        native_decoder if load_library() else torch_decoder, "available_memory", lambda: 100 * BLOCK_BYTES
+    )
     config = EngineConfig(dtype="float32", block_size=BLOCK_SIZE, kv_cache_memory_fraction=0.4, threads_per_engine=1)
     spec = EngineSpec(engine_id=0, incarnation=0, num_engines=2, folder="", model=files, config=config)
     assert ModelRunner(spec).num_blocks == 20
@@ -204,6 +208,7 @@ def test_lower_precision_is_near_float32(
 def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it(
     files: CheckpointFiles, make_runner: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decoder, "load_library", lambda: None)
     for capabilities, expected in (({"avx512_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert make_runner(files, dtype="auto").dtype == expected
@@ -218,9 +223,7 @@ def test_usable_cpus_are_divided_over_engines(
     files: CheckpointFiles,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[int] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cpus)))
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
     config = EngineConfig(dtype="float32", block_size=BLOCK_SIZE, num_kv_blocks=8)
-    ModelRunner(EngineSpec(engine_id=0, incarnation=0, num_engines=num_engines, folder="", model=files, config=config))
-    assert asked == [expected]
+    spec = EngineSpec(engine_id=0, incarnation=0, num_engines=num_engines, folder="", model=files, config=config)
+    assert num_threads(spec) == expected

@@ -1,0 +1,84 @@
+// What a step computes, laid out as kernels/library.py fills it in. Sizes and strides count elements unless they say
+// otherwise. Rows of float32 are padded to multiples of 16, with zeros, as the layers' outputs are.
+#pragma once
+
+#include <cstdint>
+
+namespace kernels {
+
+constexpr int64_t kLanes = 16;  // every width and group is a multiple of it, whatever the CPU's vectors are
+constexpr int64_t kPanel = 64;  // outputs that are packed together; see packing.py
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+enum Format : int64_t { kFloat32, kBFloat16, kFloat16, kInt8 };
+
+struct Linear {
+  const void* weights;
+  const float* scales;  // of each output, for int8
+  const float* bias;    // of each output, or null
+  int64_t num_outputs;  // padded
+  int64_t num_inputs;
+  int64_t format;
+};
+
+struct Layer {
+  Linear qkv, output, gate_up, down;
+  const float* input_norm;
+  const float* post_attention_norm;
+  const float* qk_norm;  // [num_heads + num_kv_heads, head_dim], or null
+  int64_t window;        // how many positions a token sees, its own included
+};
+
+struct Model {
+  const Layer* layers;
+  int64_t num_layers;
+  int64_t hidden_size;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t inner_size;  // padded
+  const void* embedding;
+  int64_t embedding_format;
+  const float* norm;
+  Linear head;
+  double eps;
+};
+
+// Keys and values: see kv_cache.h.
+struct Cache {
+  void* data;
+  int64_t format;
+  int64_t num_layers;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t block_size;
+};
+
+// Consecutive new tokens of one sequence that are attended to together.
+struct Item {
+  int64_t first_token;  // index among the step's tokens
+  int64_t num_tokens;
+  int64_t position;  // of the first of them in the sequence
+  int64_t row;       // of the block table
+};
+
+struct Step {
+  int64_t num_tokens;
+  const int32_t* token_ids;
+  const int32_t* positions;
+  const int32_t* rows;  // of the block table, of each token
+  const float* cos;     // [num_tokens, head_dim / 2]
+  const float* sin;
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  const Item* items;
+  int64_t num_items;
+  int64_t most_tokens;   // of an item
+  float* hidden;         // [num_tokens, padded hidden_size]: the result
+  char* workspace;       // of workspace_bytes
+  uint64_t* ticks;       // is counted up several times in each layer, or null
+  uint64_t* durations;   // nanoseconds of each Phase are added to it, or null
+};
+
+}  // namespace kernels

@@ -1,0 +1,223 @@
+"""The decoder in the native library: a step of all layers is one foreign call. Imports no torch."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncscale.checkpoint.model_config import ModelConfig
+from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
+from asyncscale.engine.batch import Batch
+from asyncscale.errors import ModelLoadError
+from asyncscale.kernels import library as native
+from asyncscale.kernels.library import FORMATS, Format, Library
+from asyncscale.memory import available_memory
+from asyncscale.model.cache_size import num_cache_blocks
+from asyncscale.model.decoder import Report, StepTokens
+from asyncscale.model.packing import head_format
+from asyncscale.model.threads import num_threads
+from asyncscale.model.weight_cache import packed_weights
+from asyncscale.progress import Progress
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+# Rows (tokens times the query heads that share a key head) attended to together: they share the reading of keys and
+# values, and their sums stay in the second-level cache.
+_ROWS_TOGETHER = 96
+# A step of SmolLM2 takes 6.5 ms and 0.8 for each token in bfloat16, 3.5 and 0.5 in int8 (one AVX-512 core).
+_TOKEN_COST = 0.14
+_UNLIMITED = 1 << 40  # a window beyond every context
+_LANES = 16  # rows of float32 are padded to multiples of it
+
+
+class NativeDecoder:
+    """A Decoder of decoder.py.
+
+    What is computed of a token is bitwise the same whatever else is in the step. The residual stream, norms, softmax
+    and logits are float32; inputs of products have the weights' type (in int8: quantized, each row by its largest
+    magnitude).
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        spec: EngineSpec,
+        files: CheckpointFiles,
+        model: ModelConfig,
+        max_model_len: int,
+        report: Report,
+    ) -> None:
+        self._library = library
+        weight_format, cache_format = formats(spec.config, library)
+        self.dtype: str = weight_format
+        self.token_cost = _TOKEN_COST
+        weights = packed_weights(files, model, weight_format, lambda fraction: report("weights", fraction))
+        self.rope_factors = weights.rope_factors
+        self._model = _Model(model, weights.tensors, weight_format)
+        self._cache = native.Cache(
+            format=FORMATS[cache_format],
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            block_size=spec.config.block_size,
+        )
+        block_bytes = library.cdll.asyncscale_block_bytes(self._cache)
+        self.num_blocks = num_cache_blocks(spec, max_model_len, block_bytes, available_memory())
+        self._cache_memory = _lazy_zeros(self.num_blocks * block_bytes)
+        self._cache.data = self._cache_memory.ctypes.data
+        self._team = library.cdll.asyncscale_team_new(num_threads(spec))
+        self.num_threads: int = library.cdll.asyncscale_team_size(self._team)
+        self._most_tokens = max(_ROWS_TOGETHER * model.num_kv_heads // model.num_heads, 1)
+        self._hidden_size = -(-model.hidden_size // _LANES) * _LANES
+        self._vocab_size = model.vocab_size
+        self.durations: npt.NDArray[np.uint64] = np.zeros(len(native.PHASES), np.uint64)
+        self._step = native.Step(most_tokens=self._most_tokens, durations=self.durations.ctypes.data)
+        self._workspace: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self._hidden: Float32 = np.zeros((0, self._hidden_size), np.float32)
+        self._logits: Float32 = np.zeros((0, self._model.head.num_outputs), np.float32)
+        self._reserve(spec.config.max_num_batched_tokens)
+        self.progress = Progress()
+
+    @property
+    def progress(self) -> Progress:
+        """Where ticks are counted while a step is computed; may be set."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._progress = progress
+        self._step.ticks = progress.ticks_address
+
+    def forward(self, step: StepTokens) -> None:
+        """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache."""
+        num_tokens = len(step.token_ids)
+        if num_tokens > len(self._hidden):
+            self._reserve(num_tokens)
+        items = _items(step.batch, self._most_tokens)
+        table = step.batch.table.block_table
+        fields = self._step
+        fields.num_tokens = num_tokens
+        fields.token_ids = step.token_ids.ctypes.data
+        fields.positions = step.positions.ctypes.data
+        fields.rows = step.rows.ctypes.data
+        fields.cos, fields.sin = step.cos.ctypes.data, step.sin.ctypes.data
+        fields.block_table, fields.block_table_stride = table.ctypes.data, table.shape[1]
+        fields.items, fields.num_items = items.ctypes.data, len(items)
+        self._library.cdll.asyncscale_forward(self._model, self._cache, fields, self._team)
+
+    def logits(self, indices: Int64) -> Float32:
+        """float32[n, vocab_size] of tokens of the last step; valid until the next call."""
+        if len(indices) > len(self._logits):
+            self._logits = np.empty((len(indices), self._logits.shape[1]), np.float32)
+        self._library.cdll.asyncscale_logits(
+            self._model, self._step, indices.ctypes.data, len(indices), self._logits.ctypes.data, self._team
+        )
+        logits = self._logits[: len(indices), : self._vocab_size]
+        return logits if logits.flags.c_contiguous else logits.copy()
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Make room for steps of so many tokens."""
+        self._hidden = np.zeros((num_tokens, self._hidden_size), np.float32)
+        num_bytes = self._library.cdll.asyncscale_workspace_bytes(
+            self._model, num_tokens, self._most_tokens, self.num_threads
+        )
+        self._workspace = np.zeros(num_bytes + 64, np.uint8)
+        self._step.hidden = self._hidden.ctypes.data
+        self._step.workspace = self._workspace.ctypes.data + -self._workspace.ctypes.data % 64
+
+
+class _Model(native.Model):
+    """The library's picture of the model; keeps the arrays alive whose addresses it holds."""
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, npt.NDArray[Any]], weight_format: Format) -> None:
+        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+        inner = -(-config.intermediate_size // _LANES) * _LANES
+        num_qkv = heads + 2 * config.num_kv_heads * config.head_dim
+
+        def address(name: str) -> int | None:
+            return tensors[name].ctypes.data if name in tensors else None
+
+        def linear(name: str, num_outputs: int, num_inputs: int, format: Format = weight_format) -> native.Linear:
+            return native.Linear(
+                weights=address(f"{name}.weight"),
+                scales=address(f"{name}.scales"),
+                bias=address(f"{name}.bias"),
+                num_outputs=-(-num_outputs // _LANES) * _LANES,
+                num_inputs=num_inputs,
+                format=FORMATS[format],
+            )
+
+        layers = (native.Layer * config.num_layers)()
+        for i, window in enumerate(config.layer_windows):
+            name = f"layers.{i}"
+            layers[i] = native.Layer(
+                qkv=linear(f"{name}.qkv", num_qkv, hidden),
+                output=linear(f"{name}.o", hidden, heads),
+                gate_up=linear(f"{name}.gate_up", 2 * inner, hidden),
+                down=linear(f"{name}.down", hidden, inner),
+                input_norm=address(f"{name}.input_norm"),
+                post_attention_norm=address(f"{name}.post_attention_norm"),
+                qk_norm=address(f"{name}.qk_norm"),
+                window=_UNLIMITED if window is None else window,
+            )
+        super().__init__(
+            layers=layers,
+            num_layers=config.num_layers,
+            hidden_size=hidden,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            inner_size=inner,
+            embedding=address("embedding"),
+            embedding_format=FORMATS["bfloat16" if weight_format == "int8" else weight_format],
+            norm=address("norm"),
+            head=linear("head", config.vocab_size, hidden, head_format(weight_format)),
+            eps=config.rms_norm_eps,
+        )
+        self._tensors = tensors
+
+
+def formats(config: EngineConfig, library: Library) -> tuple[Format, Format]:
+    """Of weights and of the KV cache."""
+    dtype: Format = config.dtype if config.dtype != "auto" else "bfloat16" if library.multiplies_bfloat16 else "float32"
+    return config.quantization or dtype, dtype
+
+
+def _items(batch: Batch, most_tokens: int) -> Int64:
+    """What threads attend to at a time: int64[n, 4] of (first token, number of tokens, position of the first, row).
+
+    Each sequence's new tokens, at most so many together.
+    """
+    counts = batch.num_new_tokens
+    starts = batch.table.num_computed_tokens[batch.rows]
+    if len(batch.rows) == batch.num_decodes and counts.max() == 1:
+        items = np.empty((len(counts), 4), np.int64)
+        items[:, 0] = np.arange(len(counts))
+        items[:, 1], items[:, 2], items[:, 3] = 1, starts, batch.rows
+        return items
+    num_items = -(-counts // most_tokens)
+    sequences = np.repeat(np.arange(len(counts)), num_items)
+    done = (np.arange(len(sequences)) - np.repeat(np.cumsum(num_items) - num_items, num_items)) * most_tokens
+    first_tokens = np.cumsum(counts) - counts
+    columns = (
+        first_tokens[sequences] + done,
+        np.minimum(counts[sequences] - done, most_tokens),
+        starts[sequences] + done,
+        batch.rows[sequences],
+    )
+    return np.column_stack(columns).astype(np.int64)
+
+
+def _lazy_zeros(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Committed by the operating system as it is written; in large pages, as blocks are read from all over."""
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise ModelLoadError(f"cannot allocate {num_bytes:,} bytes for the KV cache: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
