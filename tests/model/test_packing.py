@@ -126,9 +126,8 @@ def test_every_element_is_where_the_layout_says(sizes: dict[str, Any], weight_fo
         outputs, inputs = up_to(len(weight), 16), up_to(weight.shape[1], group)
         if weight_format == "int8":
             numbers, scales = quantize(weight)
-            numbers[:, ~weight.any(axis=0)] = (
-                0  # columns that were added: their inputs are zero, and nothing is written
-            )
+            numbers[:, ~weight.any(axis=0)] = 0  # padding, where nothing is written: its inputs are zero,
+            numbers[~weight.any(axis=1)] = 0  # or its scales are
             elements = pad(numbers, outputs, inputs).astype(np.uint8)
             assert np.array_equal(tensors.pop(f"{name}.scales"), pad(scales[:, None], outputs, 1)[:, 0])
         else:
