@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections.abc import Collection
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
