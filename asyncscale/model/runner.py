@@ -85,8 +85,11 @@ class ModelRunner:
         of_prompts = self._all_prompt_logprobs(batch) if self._prompt_logprobs else {}
         if not points.rows.size:
             return StepResult(points.rows, np.empty(0, np.int32), prompt_logprobs=of_prompts)
-        logits = self.decoder.logits(points.indices)
-        sampled = self.sampler.sample(logits, points.rows, batch.table, points.positions)
+        if self.sampler.takes_best(points.rows):
+            sampled = self.sampler.take_best(points.rows, *self.decoder.best(points.indices))
+        else:
+            logits = self.decoder.logits(points.indices)
+            sampled = self.sampler.sample(logits, points.rows, batch.table, points.positions)
         kept = find_kept(batch, points, sampled.token_ids)
         return StepResult(points.rows[kept], sampled.token_ids[kept], sampled.logprobs, of_prompts, sampled.errors)
 
