@@ -91,8 +91,11 @@ class PackedLinear {
   }
 
   Floats<W> output(Floats<W> sums, int64_t column) const {
-    if constexpr (std::is_same_v<P, Int8Products>) sums *= load<Floats<W>>(linear_.scales + column);
-    return linear_.bias ? sums + load<Floats<W>>(linear_.bias + column) : sums;
+    const Floats<W> bias = linear_.bias ? load<Floats<W>>(linear_.bias + column) : Floats<W>{};
+    if constexpr (std::is_same_v<P, Int8Products>)
+      return multiply_add(sums, load<Floats<W>>(linear_.scales + column), bias);
+    else
+      return sums + bias;
   }
 
   const Linear& linear_;

@@ -109,6 +109,18 @@ inline Floats<W> neighbours(Floats<W> v, std::index_sequence<I...>) {
   return shuffle<W>(v, v, std::index_sequence<(I ^ S)...>{});
 }
 
+// a * b + c, rounded once where the CPU can. Compilers fuse the plain expression too, but in a function that they make
+// several copies of, not in every one, and then results depend on which copy computed them.
+inline Floats<kNativeWidth> multiply_add(Floats<kNativeWidth> a, Floats<kNativeWidth> b, Floats<kNativeWidth> c) {
+#if defined(__AVX512F__)
+  return (Floats<kNativeWidth>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats<kNativeWidth>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <int W>
 inline Floats<W> larger(Floats<W> a, Floats<W> b) {
   return a > b ? a : b;
