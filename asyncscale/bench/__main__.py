@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from asyncscale import AsyncScaleError
-from asyncscale.bench import chaos, overload, routing, scale, serve, start
+from asyncscale.bench import chaos, model, overload, quality, routing, scale, serve, start
 
 _COMMANDS = {
     "serve": serve,
@@ -16,6 +16,8 @@ _COMMANDS = {
     "overload": overload,
     "chaos": chaos,
     "start": start,
+    "model": model,
+    "quality": quality,
 }
 
 

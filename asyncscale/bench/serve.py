@@ -19,10 +19,10 @@ from asyncscale.bench.report import Report
 from asyncscale.bench.workload import WorkloadRequest, corpus, file_requests, lognormal_requests
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.progress import StartProgress
-from asyncscale.config import DType
+from asyncscale.config import DType, Quantization
 from asyncscale.tokenization.loading import load_codec
 
-_ENGINE_OPTIONS = ("max_num_seqs", "max_num_batched_tokens", "dtype", "threads_per_engine")
+_ENGINE_OPTIONS = ("max_num_seqs", "max_num_batched_tokens", "dtype", "quantization", "threads_per_engine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, help="requests that run at once on one engine")
     parser.add_argument("--max-num-batched-tokens", type=int, help="tokens computed in one step")
     parser.add_argument("--dtype", choices=get_args(DType))
+    parser.add_argument("--quantization", choices=get_args(Quantization))
     parser.add_argument("--threads-per-engine", type=int)
     parser.add_argument("--prompts", type=Path, help='JSONL file: {"prompt": text or ids, "max_tokens": 64, ...}')
     parser.add_argument("--num-prompts", type=_positive, help="default: 128, or all of --prompts")

@@ -81,6 +81,23 @@ struct Gate {
   }
 };
 
+// The highest output of each lane so far, the first of several, and where it is. What is not a number stays the highest.
+struct Highest {
+  float* values;     // [rows, kLanes], minus infinity at first
+  int32_t* columns;  // [rows, kLanes]
+  int64_t size;      // beyond it, outputs are padding
+
+  void put(int64_t row, int64_t column, Floats<W> outputs) const {
+    const int64_t at = row * kLanes + column % kLanes;
+    const Ints<W> here = iota<W>() + int32_t(column);
+    if (column + W > size) outputs = here < int32_t(size) ? outputs : broadcast<W>(-INFINITY);
+    const Floats<W> highest = load<Floats<W>>(values + at);
+    const auto is_higher = (outputs > highest) | (outputs != outputs);
+    store(values + at, is_higher ? outputs : highest);
+    store(columns + at, is_higher ? here : load<Ints<W>>(columns + at));
+  }
+};
+
 // Calls f with the Products of `format`, which is not int8.
 template <class F>
 void with_products(int64_t format, const F& f) {
@@ -104,6 +121,7 @@ class Pass {
        uint64_t* durations)
       : model_(model),
         team_(team),
+        thread_(thread),
         num_rows_(num_rows),
         workspace_(workspace),
         row_(workspace.rows + thread * workspace.row_size),
@@ -141,17 +159,48 @@ class Pass {
   }
 
   void logits(const float* hidden, const int64_t* indices, float* out) {
+    prepare_head(hidden, indices);
+    linear<false>(model_.head, Store{out, model_.head.num_outputs});
+    end(kHead);
+  }
+
+  // partial: of all threads, as Highest has them.
+  void best(const float* hidden, const int64_t* indices, int64_t vocab_size, float* partial_values,
+            int32_t* partial_columns, float* values, int64_t* columns) {
+    const int64_t size = num_rows_ * kLanes;
+    float* own_values = partial_values + thread_ * size;
+    int32_t* own_columns = partial_columns + thread_ * size;
+    std::fill_n(own_values, size, -INFINITY);
+    std::fill_n(own_columns, size, 0);
+    prepare_head(hidden, indices);
+    linear<false>(model_.head, Highest{own_values, own_columns, vocab_size});
+    end(kHead);
+    for_rows([&](int64_t row) {
+      values[row] = -INFINITY;
+      columns[row] = 0;
+      for (int64_t thread = 0; thread < team_.size(); thread++)
+        for (int64_t lane = 0; lane < kLanes; lane++) {
+          const int64_t at = thread * size + row * kLanes + lane;
+          const float value = partial_values[at];
+          const bool is_first = value == values[row] && partial_columns[at] < columns[row];
+          if (value > values[row] || is_first || value != value) {
+            values[row] = value;
+            columns[row] = partial_columns[at];
+          }
+        }
+    });
+  }
+
+ private:
+  void prepare_head(const float* hidden, const int64_t* indices) {
     for_rows([&](int64_t row) {
       rms_norm(hidden + indices[row] * hidden_stride_, model_.norm, model_.hidden_size, float(model_.eps), row_);
       std::fill(row_ + model_.hidden_size, row_ + hidden_stride_, 0.0f);
       inputs_from(row_, row, model_.head);
     });
     end(kNorms);
-    linear<false>(model_.head, Store{out, model_.head.num_outputs});
-    end(kHead);
   }
 
- private:
   template <class P>
   void attend(const Step& step, const Cache& cache, int64_t index) {
     const Layer& layer = model_.layers[index];
@@ -240,6 +289,7 @@ class Pass {
 
   const Model& model_;
   Team& team_;
+  const int64_t thread_;
   const int64_t num_rows_;
   const Workspace& workspace_;
   float* const row_;
@@ -309,5 +359,18 @@ EXPORT void asyncscale_logits(const Model* model, const Step* step, const int64_
   const Workspace workspace(*model, step->workspace, num_rows, step->most_tokens, threads.size());
   threads.run([&](int64_t thread) {
     Pass(*model, threads, thread, num_rows, workspace, step->ticks, step->durations).logits(step->hidden, indices, out);
+  });
+}
+
+// The first highest logit of each, and its token; not a number where one of the logits is. Room for 16 times num_rows of
+// each thread's own at partial_values and partial_columns.
+EXPORT void asyncscale_best(const Model* model, const Step* step, const int64_t* indices, int64_t num_rows,
+                            int64_t vocab_size, float* partial_values, int32_t* partial_columns, float* values,
+                            int64_t* columns, void* team) {
+  Team& threads = *static_cast<Team*>(team);
+  const Workspace workspace(*model, step->workspace, num_rows, step->most_tokens, threads.size());
+  threads.run([&](int64_t thread) {
+    Pass(*model, threads, thread, num_rows, workspace, step->ticks, step->durations)
+        .best(step->hidden, indices, vocab_size, partial_values, partial_columns, values, columns);
   });
 }

@@ -112,6 +112,10 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "block_bytes": (c_int64, (POINTER(Cache),)),
     "workspace_bytes": (c_int64, (POINTER(Model), c_int64, c_int64, c_int64)),
     "forward": (None, (POINTER(Model), POINTER(Cache), POINTER(Step), c_void_p)),
+    "best": (
+        None,
+        (POINTER(Model), POINTER(Step), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
     "logits": (None, (POINTER(Model), POINTER(Step), c_void_p, c_int64, c_void_p, c_void_p)),
 }
 

@@ -92,10 +92,8 @@ class PackedLinear {
 
   Floats<W> output(Floats<W> sums, int64_t column) const {
     const Floats<W> bias = linear_.bias ? load<Floats<W>>(linear_.bias + column) : Floats<W>{};
-    if constexpr (std::is_same_v<P, Int8Products>)
-      return multiply_add(sums, load<Floats<W>>(linear_.scales + column), bias);
-    else
-      return sums + bias;
+    if constexpr (std::is_same_v<P, Int8Products>) return fused<W>(sums, load<Floats<W>>(linear_.scales + column), bias);
+    return sums + bias;
   }
 
   const Linear& linear_;

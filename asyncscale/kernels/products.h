@@ -225,12 +225,12 @@ __attribute__((noinline)) void multiply_quantized(const Operands<Int8Products>& 
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const Floats<W> scale = broadcast<W>(bit_cast<float>(scales[r * stride]));
+      const float scale = bit_cast<float>(scales[r * stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         float* at = sums + r * sums_stride + v * W;
         const Floats<W> before = group == 0 ? Floats<W>{} : load<Floats<W>>(at);
-        store(at, multiply_add(__builtin_convertvector(total[r][v], Floats<W>), scale, before));
+        store(at, fused<W>(__builtin_convertvector(total[r][v], Floats<W>), broadcast<W>(scale), before));
       }
     }
   }

@@ -69,6 +69,24 @@ inline Ints<W> iota(std::index_sequence<I...>) {
   return Ints<W>{int32_t(I)...};
 }
 
+// a * b + c, rounded once where the CPU can. Left to itself, a compiler fuses in one instance of a template and not in
+// another, and their results differ.
+template <int W>
+inline Floats<W> fused(Floats<W> a, Floats<W> b, Floats<W> c) {
+#if defined(__AVX512F__)
+  if constexpr (W == 16) return (Floats<W>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+#if defined(__FMA__)
+  if constexpr (W == 8) return (Floats<W>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < W; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
 // Lane i is i.
 template <int W>
 inline Ints<W> iota() {
@@ -107,18 +125,6 @@ inline Floats<W> sum_each(Floats<W>* rows) {
 template <int W, int S, std::size_t... I>
 inline Floats<W> neighbours(Floats<W> v, std::index_sequence<I...>) {
   return shuffle<W>(v, v, std::index_sequence<(I ^ S)...>{});
-}
-
-// a * b + c, rounded once where the CPU can. Compilers fuse the plain expression too, but in a function that they make
-// several copies of, not in every one, and then results depend on which copy computed them.
-inline Floats<kNativeWidth> multiply_add(Floats<kNativeWidth> a, Floats<kNativeWidth> b, Floats<kNativeWidth> c) {
-#if defined(__AVX512F__)
-  return (Floats<kNativeWidth>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Floats<kNativeWidth>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
 }
 
 template <int W>

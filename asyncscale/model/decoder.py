@@ -72,6 +72,18 @@ class Decoder(Protocol):
         The caller may overwrite it; it is valid until the next call of this or of forward.
         """
 
+    def best(self, indices: Int64) -> tuple[Int64, Float32]:
+        """What `first_highest` says of these tokens' logits, without the logits."""
+
+
+def first_highest(logits: Float32) -> tuple[Int64, Float32]:
+    """The first highest logit of each row: where it is, and its value (not a number when the row holds such).
+
+    logits: float32[m, V]. Returns int64[m] and float32[m].
+    """
+    token_ids = logits.argmax(1)
+    return token_ids, logits[np.arange(len(logits)), token_ids]
+
 
 def make_decoder(
     spec: EngineSpec, files: CheckpointFiles, model: ModelConfig, max_model_len: int, report: Report

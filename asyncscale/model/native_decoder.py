@@ -119,6 +119,17 @@ class NativeDecoder:
         logits = self._logits[: len(indices), : self._vocab_size]
         return logits if logits.flags.c_contiguous else logits.copy()
 
+    def best(self, indices: Int64) -> tuple[Int64, Float32]:
+        """The first highest logit's token of each, and that logit; the logits themselves are not kept."""
+        num_rows = len(indices)
+        partial = np.empty((2, self.num_threads, num_rows, _LANES), np.float32)  # values, and integers as large
+        token_ids, highest = np.empty(num_rows, np.int64), np.empty(num_rows, np.float32)
+        self._library.cdll.asyncscale_best(
+            self._model, self._step, indices.ctypes.data, num_rows, self._vocab_size, partial[0].ctypes.data,
+            partial[1].ctypes.data, highest.ctypes.data, token_ids.ctypes.data, self._team,
+        )  # fmt: skip
+        return token_ids, highest
+
     def _reserve(self, num_tokens: int) -> None:
         """Make room for steps of so many tokens."""
         self._hidden = np.zeros((num_tokens, self._hidden_size), np.float32)

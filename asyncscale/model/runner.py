@@ -33,6 +33,7 @@ class ModelRunner:
         runner = ModelRunner(spec, progress=lambda stage, fraction: ...)
         result = runner.execute(batch)
 
+    decoder, sampler: what it is made of.
     supports_prefix_caching: whether keys and values depend on nothing but the tokens up to their own.
     Raises ModelLoadError where the checkpoint cannot be read or there is not enough memory.
     """
@@ -46,12 +47,12 @@ class ModelRunner:
         self.vocab_size = model.vocab_size
         self.max_model_len = _max_model_len(config, model)
         self.supports_prefix_caching = self.max_model_len <= _longest_shared_prefix(model)
-        self._decoder = make_decoder(spec, spec.model, model, self.max_model_len, report)
-        self.dtype = self._decoder.dtype
-        self.num_blocks = self._decoder.num_blocks
-        self.token_cost = self._decoder.token_cost
-        self._rotary = RotaryEmbedding(model.rope, model.head_dim, self._decoder.rope_factors)
-        self._sampler = Sampler(config.max_num_seqs, self.vocab_size, make_sampling_kernels(self.vocab_size))
+        self.decoder = make_decoder(spec, spec.model, model, self.max_model_len, report)
+        self.dtype = self.decoder.dtype
+        self.num_blocks = self.decoder.num_blocks
+        self.token_cost = self.decoder.token_cost
+        self._rotary = RotaryEmbedding(model.rope, model.head_dim, self.decoder.rope_factors)
+        self.sampler = Sampler(config.max_num_seqs, self.vocab_size, make_sampling_kernels(self.vocab_size))
         self._prompt_logprobs: dict[int, int] = {}
         report("warm-up", 0.0)
         self._warm_up(config)
@@ -59,35 +60,42 @@ class ModelRunner:
 
     @property
     def progress(self) -> Progress:
-        return self._decoder.progress
+        return self.decoder.progress
 
     @progress.setter
     def progress(self, progress: Progress) -> None:
-        self._decoder.progress = progress
+        self.decoder.progress = progress
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on."""
-        self._sampler.add(row, request)
+        self.sampler.add(row, request)
         if request.sampling.prompt_logprobs is not None:
             self._prompt_logprobs[row] = request.sampling.prompt_logprobs
 
     def remove(self, row: int) -> None:
         """The request in `row` left."""
-        self._sampler.remove(row)
+        self.sampler.remove(row)
         self._prompt_logprobs.pop(row, None)
 
     def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         """Compute the batch's tokens; sample where all of a sequence's tokens are computed then."""
         meanwhile()
-        self._decoder.forward(self._step_tokens(batch))
+        self.forward(batch)
         of_prompts = self._all_prompt_logprobs(batch) if self._prompt_logprobs else {}
         points = sample_points(batch)
         if not points.rows.size:
             return StepResult(points.rows, np.empty(0, np.int32), prompt_logprobs=of_prompts)
-        logits = self._decoder.logits(points.indices)
-        sampled = self._sampler.sample(logits, points.rows, batch.table, points.positions)
+        if self.sampler.takes_best(points.rows):
+            sampled = self.sampler.take_best(points.rows, *self.decoder.best(points.indices))
+        else:
+            logits = self.decoder.logits(points.indices)
+            sampled = self.sampler.sample(logits, points.rows, batch.table, points.positions)
         kept = find_kept(batch, points, sampled.token_ids)
         return StepResult(points.rows[kept], sampled.token_ids[kept], sampled.logprobs, of_prompts, sampled.errors)
+
+    def forward(self, batch: Batch) -> None:
+        """Compute the batch's tokens, for `decoder.logits` of any of them."""
+        self.decoder.forward(self._step_tokens(batch))
 
     def _step_tokens(self, batch: Batch) -> StepTokens:
         table, counts = batch.table, batch.num_new_tokens
@@ -120,8 +128,8 @@ class ModelRunner:
         result: list[TokenLogprobs] = []
         for begin in range(0, len(token_ids), _LOGITS_ROWS):
             part = token_ids[begin : begin + _LOGITS_ROWS]
-            logits = self._decoder.logits(first_token + begin + np.arange(len(part)))
-            result += self._sampler.prompt_logprobs(logits, part, self._prompt_logprobs[row])
+            logits = self.decoder.logits(first_token + begin + np.arange(len(part)))
+            result += self.sampler.prompt_logprobs(logits, part, self._prompt_logprobs[row])
             self.progress.tick()
         return result
 
@@ -132,12 +140,12 @@ class ModelRunner:
         table.num_tokens[0] = table.num_prompt_tokens[0] = length
         row = np.zeros(1, np.int32)
         request = Request(b"", 0, np.zeros(length, np.int32), length, Sampling(max_tokens=1))
-        self._sampler.add(0, request)
+        self.sampler.add(0, request)
         for count in (length, 1):
             self.execute(Batch(table, row, np.array([count], np.int32)))
             table.num_computed_tokens[0] += count
             table.num_tokens[0] = length + 1
-        self._sampler.remove(0)
+        self.sampler.remove(0)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -12,6 +12,7 @@ from asyncscale.engine.request import Request
 from asyncscale.kernels.sampling import DRAW, SamplingKernels
 from asyncscale.messages import TokenLogprobs
 from asyncscale.model.bias import apply_bias, is_biased
+from asyncscale.model.decoder import first_highest
 from asyncscale.model.logprobs import token_logprobs
 from asyncscale.model.penalties import RowPenalties, apply_penalties, is_penalized
 from asyncscale.model.random_bits import uniforms
@@ -94,9 +95,8 @@ class Sampler:
         at once. A row may then come several times, if nothing in its request looks at the tokens before or asks for
         log-probabilities.
         """
-        if self._only_greedy[rows].all():
-            token_ids, highest = _argmax(logits)
-            return Sampled(token_ids.astype(np.int32), errors=self._errors(rows, highest))
+        if self.takes_best(rows):
+            return self.take_best(rows, *first_highest(logits))
         if positions is None:
             positions = table.num_tokens[rows]
         params = self._rows[rows]
@@ -106,7 +106,7 @@ class Sampler:
             raw, at = logits[asked], np.arange(len(asked))
         self._process(logits, rows, params, table)
 
-        token_ids, highest = _argmax(logits)
+        token_ids, highest = first_highest(logits)
         errors = self._errors(rows, highest)
         random = np.flatnonzero(params["random"] & np.isfinite(highest))
         if random.size:
@@ -117,6 +117,14 @@ class Sampler:
         for row in errors:
             logprobs.pop(row, None)
         return Sampled(token_ids.astype(np.int32), logprobs, errors)
+
+    def takes_best(self, rows: Int32) -> bool:
+        """Whether of all `rows` nothing but their highest logit matters."""
+        return bool(self._only_greedy[rows].all())
+
+    def take_best(self, rows: Int32, token_ids: Int64, highest: Float32) -> Sampled:
+        """As `sample`, where `takes_best`, given what `first_highest` says of the logits."""
+        return Sampled(token_ids.astype(np.int32), errors=self._errors(rows, highest))
 
     def prompt_logprobs(self, logits: Float32, token_ids: Int32, num_top: int) -> list[TokenLogprobs]:
         """Log-probabilities of `token_ids` (of a prompt) and of the `num_top` most likely tokens at each position.
@@ -157,12 +165,6 @@ def _draws(indices: Int64, highest: Float32, params: npt.NDArray[np.void], posit
     for name in ("temperature", "top_k", "top_p", "min_p"):
         draws[name] = params[name]
     return draws
-
-
-def _argmax(logits: Float32) -> tuple[Int64, Float32]:
-    """The first highest logit of each row: where it is, and its value (not a number when the row holds such)."""
-    token_ids = logits.argmax(1)
-    return token_ids, logits[np.arange(len(logits)), token_ids]
 
 
 def _no_token(highest: float) -> str:

@@ -17,7 +17,7 @@ from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles, DType, EngineSpec
 from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
-from asyncscale.model.decoder import Report, StepTokens
+from asyncscale.model.decoder import Report, StepTokens, first_highest
 from asyncscale.model.threads import num_threads
 from asyncscale.model.torch_attention import TorchAttention, TorchPlan
 from asyncscale.model.torch_kv_cache import KVCache, bytes_per_block
@@ -100,6 +100,10 @@ class TorchDecoder:
         hidden = self._hidden[torch.from_numpy(indices).to(self._device)]
         logits: npt.NDArray[np.float32] = self._head(self._rms_norm(hidden, self._norm)).cpu().numpy()
         return logits
+
+    def best(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The first highest logit's token of each, and that logit."""
+        return first_highest(self.logits(indices))
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self._eps)
