@@ -18,6 +18,7 @@ int64_t asyncscale_block_bytes(const Cache*);
 int64_t asyncscale_workspace_bytes(const Model*, int64_t, int64_t, int64_t);
 void asyncscale_forward(const Model*, const Cache*, const Step*, void*);
 void asyncscale_logits(const Model*, const Step*, const int64_t*, int64_t, float*, void*);
+void asyncscale_best(const Model*, const Step*, const int64_t*, int64_t, int64_t, float*, int32_t*, float*, int64_t*, void*);
 int64_t asyncscale_sampling_scratch_bytes(int64_t);
 void asyncscale_draw(const float*, int64_t, const void*, int64_t, void*, int64_t*);
 void asyncscale_log_probabilities(const float*, int64_t, const int64_t*, const int64_t*, int64_t, int64_t, void*, float*,
@@ -161,10 +162,19 @@ bool run_decoder(const Shape& shape, int64_t format, int64_t cache_format, int64
     step.ticks = buffers.of(std::vector<uint64_t>{0});
     step.durations = buffers.of(std::vector<uint64_t>(9));
     asyncscale_forward(&model, &cache, &step, team);
-    std::vector<int64_t> indices{num_tokens - 1, 0};
+    const int64_t* indices = buffers.of(std::vector<int64_t>{num_tokens - 1, 0});
     auto* logits = static_cast<float*>(buffers.bytes(2 * model.head.num_outputs * 4));
-    asyncscale_logits(&model, &step, buffers.of(indices), 2, logits, team);
-    for (int64_t i = 0; i < 2 * shape.vocab; i++) finite = finite && std::isfinite(logits[i / shape.vocab * model.head.num_outputs + i % shape.vocab]);
+    asyncscale_logits(&model, &step, indices, 2, logits, team);
+    for (int64_t row = 0; row < 2; row++)
+      for (int64_t i = 0; i < shape.vocab; i++) finite = finite && std::isfinite(logits[row * model.head.num_outputs + i]);
+    const int64_t num_partial = num_threads * 2 * kLanes;
+    float* partial_values = static_cast<float*>(buffers.bytes(num_partial * 4));
+    int32_t* partial_columns = static_cast<int32_t*>(buffers.bytes(num_partial * 4));
+    float* values = static_cast<float*>(buffers.bytes(2 * 4));
+    int64_t* columns = static_cast<int64_t*>(buffers.bytes(2 * 8));
+    asyncscale_best(&model, &step, indices, 2, shape.vocab, partial_values, partial_columns, values, columns, team);
+    for (int64_t row = 0; row < 2; row++)
+      finite = finite && columns[row] < shape.vocab && values[row] == logits[row * model.head.num_outputs + columns[row]];
   }
   asyncscale_team_delete(team);
   return finite;

@@ -143,3 +143,39 @@ def test_any_shape_and_any_chunks(
     actual = make_model(isa, config, weights, block_size=block_size, num_blocks=450).run(some, mixed_chunks(seed), seed)
     reference = Reference(config, weights, "float32")
     assert_near(actual, {row: reference.logits(tokens) for row, tokens in some.items()}, 2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", TOLERANCES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_best_token_is_the_first_of_the_highest_logits(
+    threads: int, format: str, isa: str, make_model: MakeModel
+) -> None:
+    config = tiny(vocab_size=331)
+    weights = random_weights(config)
+    head = weights["lm_head.weight"]
+    head[200:331] = head[:131]  # so that many are equal, in the same lane and in others
+    head[150:190] = head[10:50]
+    model = make_model(isa, config, weights, format, threads=threads)
+    model.start(0, list(range(60)), list(range(4)))
+    [logits] = model.step({0: 60}).values()
+    indices = np.array([59, *range(40), 3])
+    token_ids, highest = model.decoder.best(indices)
+    assert (token_ids == logits[indices].argmax(1)).all()
+    assert (highest == logits[indices].max(1)).all()
+    assert (token_ids < 200).all()
+    assert len(set(token_ids.tolist())) > 10
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("token", [0, 77, 82])  # 82 is the last one before padding
+def test_a_logit_that_is_no_number_is_the_best(token: int, isa: str, make_model: MakeModel) -> None:
+    config = tiny()
+    weights = random_weights(config)
+    weights["lm_head.weight"][token, 3] = np.nan
+    model = make_model(isa, config, weights, threads=2)
+    model.start(0, list(range(20)), [5, 2])
+    model.step({0: 20})
+    token_ids, highest = model.decoder.best(np.array([0, 19]))
+    assert np.isnan(highest).all()
+    assert (token_ids == token).all()
