@@ -84,7 +84,7 @@ class MeasuredEngine:
         for prompt in prompts:
             self._num_sent += 1
             self._send(messages.Add(self._num_sent, prompt.astype("<i4").tobytes(), len(prompt), sampling))
-        steps = self._watch.steps_of(self._server.run)
+        steps = self._watch.steps_of(self._server.run, len(prompts))
         self._client.poll(1000)
         while transport.receive(self._client) is not None:  # what is unread would wait here for ever
             pass
@@ -140,18 +140,23 @@ class _Watch:
         self._current = _Current(time.perf_counter())
         self._steps: list[MeasuredStep] = []
         self._core = core
-        self._step, self._execute = core.step, runner.execute
+        self._num_unfinished = self._num_missing = 0
+        self._add, self._step, self._execute = core.add, core.step, runner.execute
+        _replace(core, "add", self._counted_add)
         _replace(core, "step", self._timed_step)
         _replace(runner, "execute", self._timed_execute)
         _replace(decoder, "forward", self._timed("native", decoder.forward))
         _replace(decoder, "logits", self._timed("native", decoder.logits))
         _replace(decoder, "best", self._timed("native", decoder.best))
+        for name in ("take_best", "sample"):
+            _replace(runner.sampler, name, self._timed("sampling", getattr(runner.sampler, name)))
         _replace(runner.sampler, "sample", self._timed("sampling", runner.sampler.sample))
         _replace(runner.sampler, "take_best", self._timed("sampling", runner.sampler.take_best))
 
-    def steps_of(self, run: Callable[[], None]) -> list[MeasuredStep]:
-        """What is computed while `run` runs, until there is nothing more to do."""
-        self._steps = []
+    def steps_of(self, run: Callable[[], None], num_requests: int) -> list[MeasuredStep]:
+        """What is computed while `run` runs, from when so many requests have arrived until they have ended."""
+        self._steps, self._num_unfinished, self._num_missing = [], num_requests, num_requests
+        self._core.pause()
         self._current = _Current(time.perf_counter())
         with suppress(_DoneError):
             run()
@@ -166,6 +171,12 @@ class _Watch:
 
         return timed
 
+    def _counted_add(self, client: bytes, message: messages.Add) -> None:
+        self._add(client, message)
+        self._num_missing -= 1
+        if not self._num_missing:
+            self._core.resume()
+
     def _timed_step(self, meanwhile: Callable[[], None]) -> dict[bytes, messages.Outputs]:
         began = time.perf_counter()
         self._finish(began)
@@ -176,7 +187,8 @@ class _Watch:
         for phase, duration in zip(PHASES, self._durations.tolist(), strict=True):
             self._current.seconds[phase] = duration / 1e9
             self._current.seconds["kernels"] += duration / 1e9
-        if not self._core.has_work:
+        self._num_unfinished -= sum(len(one.finished) for one in outputs.values())
+        if not self._num_unfinished:
             raise _DoneError
         return outputs
 

@@ -78,6 +78,7 @@ class NativeDecoder:
         self._step = native.Step(most_tokens=self._most_tokens, durations=self.durations.ctypes.data)
         self._workspace: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         self._hidden: Float32 = np.zeros((0, self._hidden_size), np.float32)
+        self._decode_items: Int64 = np.ones((0, 4), np.int64)
         self._logits: Float32 = np.zeros((0, self._model.head.num_outputs), np.float32)
         self._reserve(spec.config.max_num_batched_tokens)
         self.progress = Progress()
@@ -97,7 +98,7 @@ class NativeDecoder:
         num_tokens = len(step.token_ids)
         if num_tokens > len(self._hidden):
             self._reserve(num_tokens)
-        items = _items(step.batch, self._most_tokens)
+        items = self._items_of(step)
         table = step.batch.table.block_table
         fields = self._step
         fields.num_tokens = num_tokens
@@ -130,9 +131,20 @@ class NativeDecoder:
         )  # fmt: skip
         return token_ids, highest
 
+    def _items_of(self, step: StepTokens) -> Int64:
+        """What threads attend to together: int64[n, 4] of (first token, number of tokens, its position, row)."""
+        batch = step.batch
+        if batch.num_decodes < len(batch.rows) or batch.num_drafts is not None:
+            return _items(batch, self._most_tokens)
+        items = self._decode_items[: len(batch.rows)]
+        items[:, 2], items[:, 3] = step.positions, step.rows
+        return items
+
     def _reserve(self, num_tokens: int) -> None:
         """Make room for steps of so many tokens."""
         self._hidden = np.zeros((num_tokens, self._hidden_size), np.float32)
+        self._decode_items = np.ones((num_tokens, 4), np.int64)
+        self._decode_items[:, 0] = np.arange(num_tokens)
         num_bytes = self._library.cdll.asyncscale_workspace_bytes(
             self._model, num_tokens, self._most_tokens, self.num_threads
         )
@@ -199,17 +211,9 @@ def formats(config: EngineConfig, library: Library) -> tuple[Format, Format]:
 
 
 def _items(batch: Batch, most_tokens: int) -> Int64:
-    """What threads attend to at a time: int64[n, 4] of (first token, number of tokens, position of the first, row).
-
-    Each sequence's new tokens, at most so many together.
-    """
+    """Each sequence's new tokens, at most so many together."""
     counts = batch.num_new_tokens
     starts = batch.table.num_computed_tokens[batch.rows]
-    if len(batch.rows) == batch.num_decodes and counts.max() == 1:
-        items = np.empty((len(counts), 4), np.int64)
-        items[:, 0] = np.arange(len(counts))
-        items[:, 1], items[:, 2], items[:, 3] = 1, starts, batch.rows
-        return items
     num_items = -(-counts // most_tokens)
     sequences = np.repeat(np.arange(len(counts)), num_items)
     done = (np.arange(len(sequences)) - np.repeat(np.cumsum(num_items) - num_items, num_items)) * most_tokens

@@ -24,10 +24,12 @@ class RotaryEmbedding:
         # of each head, element i is paired with element i + head_dim / 2:
         rotated = first * cos - second * sin, second * cos + first * sin
 
+    depends_on_lengths: whether cos_sin looks at them.
     frequency_factors: divide the frequencies (GGUF's `rope_freqs.weight`), float32[head_dim / 2].
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, frequency_factors: Float32 | None) -> None:
+        self.depends_on_lengths = config.type == "dynamic"
         self._config = config
         self._head_dim = head_dim
         self._exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
@@ -54,7 +56,7 @@ class RotaryEmbedding:
         the prompt's length for a token of the prompt, position + 1 for a generated one: what transformers' generate()
         comes to with its cache of rotated keys. It depends on nothing else, so neither on chunks nor on preemption.
         """
-        if self._config.type == "dynamic":
+        if self.depends_on_lengths:
             return self._compute(positions, self._dynamic_frequencies(lengths))
         highest = int(positions.max(initial=0))
         if highest >= len(self._cos):

@@ -80,9 +80,9 @@ class ModelRunner:
     def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         """Compute the batch's tokens; sample where all of a sequence's tokens are computed then."""
         meanwhile()
+        points = sample_points(batch)  # before the kernels have filled the caches with weights
         self.forward(batch)
         of_prompts = self._all_prompt_logprobs(batch) if self._prompt_logprobs else {}
-        points = sample_points(batch)
         if not points.rows.size:
             return StepResult(points.rows, np.empty(0, np.int32), prompt_logprobs=of_prompts)
         if self.sampler.takes_best(points.rows):
@@ -106,7 +106,9 @@ class ModelRunner:
             rows = np.repeat(batch.rows, counts)
             first_tokens = np.cumsum(counts, dtype=np.int32) - counts
             positions = np.repeat(starts - first_tokens, counts) + np.arange(len(rows), dtype=np.int32)
-        lengths = np.maximum(table.num_prompt_tokens[rows], positions + 1)
+        lengths = positions
+        if self._rotary.depends_on_lengths:
+            lengths = np.maximum(table.num_prompt_tokens[rows], positions + 1)
         cos, sin = self._rotary.cos_sin(positions, lengths)
         return StepTokens(batch, table.token_ids[rows, positions], positions, rows, cos, sin)
 

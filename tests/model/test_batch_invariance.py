@@ -38,7 +38,7 @@ def logits(
     found = np.zeros((NUM_ROWS, LENGTH, runner.vocab_size), np.float32)
     for counts in np.array(steps, np.int32):
         rows = np.flatnonzero(counts).astype(np.int32)
-        runner.decoder.forward(runner._step_tokens(Batch(table, rows, counts[rows])))
+        runner.forward(Batch(table, rows, counts[rows]))
         values = iter(runner.decoder.logits(np.arange(counts.sum())))
         for row in rows:
             for position in range(table.num_computed_tokens[row], table.num_computed_tokens[row] + counts[row]):
