@@ -139,8 +139,10 @@ class _Watch:
         self._durations = decoder.durations
         self._current = _Current(time.perf_counter())
         self._steps: list[MeasuredStep] = []
-        self._num_unfinished = 0
-        self._step, self._execute = core.step, runner.execute
+        self._core = core
+        self._num_unfinished = self._num_missing = 0
+        self._add, self._step, self._execute = core.add, core.step, runner.execute
+        _replace(core, "add", self._counted_add)
         _replace(core, "step", self._timed_step)
         _replace(runner, "execute", self._timed_execute)
         _replace(decoder, "forward", self._timed("native", decoder.forward))
@@ -152,8 +154,9 @@ class _Watch:
         _replace(runner.sampler, "take_best", self._timed("sampling", runner.sampler.take_best))
 
     def steps_of(self, run: Callable[[], None], num_requests: int) -> list[MeasuredStep]:
-        """What is computed while `run` runs, until so many requests have ended."""
-        self._steps, self._num_unfinished = [], num_requests
+        """What is computed while `run` runs, from when so many requests have arrived until they have ended."""
+        self._steps, self._num_unfinished, self._num_missing = [], num_requests, num_requests
+        self._core.pause()
         self._current = _Current(time.perf_counter())
         with suppress(_DoneError):
             run()
@@ -167,6 +170,12 @@ class _Watch:
             return result
 
         return timed
+
+    def _counted_add(self, client: bytes, message: messages.Add) -> None:
+        self._add(client, message)
+        self._num_missing -= 1
+        if not self._num_missing:
+            self._core.resume()
 
     def _timed_step(self, meanwhile: Callable[[], None]) -> dict[bytes, messages.Outputs]:
         began = time.perf_counter()
