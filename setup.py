@@ -5,6 +5,8 @@ The engine loads the best one that its CPU has. A library that cannot be built i
 
 from __future__ import annotations
 
+import copy
+import os
 import platform
 from pathlib import Path
 
@@ -14,6 +16,16 @@ from setuptools.command.build_ext import build_ext
 
 class BuildBesideSources(build_ext):
     """Leaves a copy in the source tree: `python -m asyncscale` there imports that, and not what was installed."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True
+
+    def build_extension(self, ext: Extension) -> None:
+        # All are made of the same sources, side by side: each has its objects in a folder of its own.
+        own = copy.copy(self)
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildBesideSources, own).build_extension(ext)
 
     def run(self) -> None:
         super().run()

@@ -27,7 +27,6 @@ struct Float32Products {
   using Input = float;
   using Word = float;
   using Vector = Floats<W>;
-  using Number = float;
   using Sums = Floats<W>;
   static constexpr int kElements = 1;
 
@@ -35,24 +34,16 @@ struct Float32Products {
   static Sums add(Sums sums, Vector weights, Word input) { return sums + weights * input; }
 };
 
-struct Float16Products {
+struct Float16Products : Float32Products {
   using Weight = Float16;
-  using Input = float;
-  using Word = float;
-  using Vector = Floats<W>;
-  using Number = float;
-  using Sums = Floats<W>;
-  static constexpr int kElements = 1;
 
   static Vector load_weights(const Weight* from) { return widen(from); }
-  static Sums add(Sums sums, Vector weights, Word input) { return sums + weights * input; }
 };
 
 struct BFloat16Products {
   using Weight = BFloat16;
   using Input = BFloat16;
   using Word = uint32_t;
-  using Number = float;
   using Sums = Floats<W>;
   static constexpr int kElements = 2;
 
@@ -80,7 +71,6 @@ struct Int8Products {
   using Weight = uint8_t;
   using Input = int8_t;
   using Word = uint32_t;
-  using Number = int32_t;
   using Sums = Ints<W>;
   static constexpr int kElements = 4;
 
@@ -154,18 +144,14 @@ struct Operands {
 // there times its row's factor. Not inlined, lest what surrounds it takes registers from it.
 template <class P, int R, int V, bool kFetches>
 __attribute__((noinline)) void multiply(const Operands<P>& operands, const float* factors,
-                                        typename P::Number* sums, int64_t sums_stride) {
+                                        float* sums, int64_t sums_stride) {
   using Sums = typename P::Sums;
   Sums total[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
-      if constexpr (std::is_same_v<Sums, Floats<W>>)
-        total[r][v] = factors ? load<Sums>(sums + r * sums_stride + v * W) * factors[r] : Sums{};
-      else
-        total[r][v] = Sums{};
-    }
+    for (int v = 0; v < V; v++)
+      total[r][v] = factors ? load<Sums>(sums + r * sums_stride + v * W) * factors[r] : Sums{};
   const typename P::Word* inputs = operands.inputs;
   const int64_t step = operands.step, input_stride = operands.input_stride, num_words = operands.num_words;
   for (int64_t part = 0; part < operands.num_parts; part++, inputs += num_words) {

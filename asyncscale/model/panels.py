@@ -52,6 +52,7 @@ ELEMENT_TYPES = {
 
 
 def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is no less than `number`."""
     return -(-number // multiple) * multiple
 
 
