@@ -214,7 +214,11 @@ class Pass {
       attention.run(unit, next, scratch_);
     }
     end(kAttention);
-    for_rows([&](int64_t row) { inputs_from(workspace_.attended + row * workspace_.attended_size, row, layer.output); });
+    for_rows([&](int64_t row) {
+      float* attended = workspace_.attended + row * workspace_.attended_size;
+      std::fill(attended + model_.num_heads * model_.head_dim, attended + workspace_.attended_size, 0.0f);
+      inputs_from(attended, row, layer.output);
+    });
     end(kActivation);
   }
 

@@ -27,13 +27,13 @@ inline void quantize(const float* values, int64_t size, int8_t* to, float* scale
   const float most = largest<W>(magnitudes);
   *scale = most / 127.0f + sum<W>(spoilt);
   const float steps = most >= 1e-30f && std::isfinite(most) ? 127.0f / most : 0.0f;
-  int32_t total = 0;
+  uint32_t total = 0;  // of bits, which may be anything where a value is not a number
   for (int64_t i = 0; i < size; i++) {
-    const int32_t number = int32_t(bit_cast<uint32_t>(values[i] * steps + 12582912.0f) - 0x4b400000u);
+    const uint32_t number = bit_cast<uint32_t>(values[i] * steps + 12582912.0f) - 0x4b400000u;
     to[i] = int8_t(number);
     total += number;
   }
-  *beginning = -128 * total;
+  *beginning = int32_t(0u - 128u * total);
 }
 
 // A row of float32 as inputs of a product with weights of `format`. values: padded with zeros to a multiple of 16.

@@ -18,6 +18,55 @@ SOURCES = ROOT / "asyncscale" / "kernels"
 BEST = library.load_library()
 
 
+# Vectors of every width that the sources have, and the products of this CPU.
+FLAGS = {"portable": "", "avx2": "-mavx2 -mfma -mf16c", "best": "-march=native"}
+
+
+def compile_watched(sanitizers: str, flags: str, sources: list[Path], program: Path) -> subprocess.Popen[str]:
+    options = ["-std=c++20", "-w", "-O0", "-ffp-contract=fast", "-fno-sanitize-recover=all", "-pthread"]
+    command = ["g++", *options, f"-fsanitize={sanitizers}", f"-I{SOURCES}", *flags.split(), "-o", str(program)]
+    return subprocess.Popen([*command, *map(str, sources)], stderr=subprocess.PIPE, text=True)
+
+
+def run_watched(compiler: subprocess.Popen[str], program: Path) -> None:
+    _, errors = compiler.communicate()
+    if "cannot find -l" in errors or "cannot find lib" in errors:
+        pytest.skip("needs the sanitizers' libraries")
+    assert compiler.returncode == 0, errors
+    result = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.Popen[str], Path]]:
+    """The kernels with sanitizers and each of FLAGS; all compilers at once, as each takes ten seconds."""
+    if shutil.which("g++") is None or not SOURCES.exists():
+        pytest.skip("needs g++ and the sources")
+    folder = tmp_path_factory.mktemp("watched")
+    sources = [Path(__file__).with_name("sanitized.cpp"), SOURCES / "decoder.cpp", SOURCES / "sampling.cpp"]
+    return {
+        name: (compile_watched("address,undefined", flags, sources, folder / name), folder / name)
+        for name, flags in FLAGS.items()
+        if name != "avx2" or library.load_library(name)
+    }
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_no_byte_beyond_the_buffers_is_touched_and_nothing_is_undefined(
+    name: str, watched: dict[str, tuple[subprocess.Popen[str], Path]]
+) -> None:
+    if name not in watched:
+        pytest.skip("this CPU does not have these instructions, or the kernels were not built")
+    run_watched(*watched[name])
+
+
+def test_threads_of_a_team_do_not_race(tmp_path: Path) -> None:
+    if shutil.which("g++") is None or not SOURCES.exists():
+        pytest.skip("needs g++ and the sources")
+    source = Path(__file__).with_name("team.cpp")
+    run_watched(compile_watched("thread", "", [source], tmp_path / "run"), tmp_path / "run")
+
+
 def test_without_a_compiler_the_build_succeeds_and_says_what_is_left_out(tmp_path: Path) -> None:
     if importlib.util.find_spec("setuptools") is None:  # not imported here: it minds a distutils that is there already
         pytest.skip("needs setuptools")
