@@ -66,12 +66,12 @@ class PagedAttention {
         output_(output),
         output_stride_(output_stride) {}
 
-  // An item for the query heads of one key head.
+  // An item for the query heads of one key head; those of a head follow each other, as they may share its keys.
   int64_t num_units() const { return step_.num_items * num_kv_heads_; }
 
   // next: the unit that this thread computes next, if there is one: its first keys are fetched meanwhile.
   void run(int64_t unit, int64_t next, char* memory) const {
-    const Item& item = step_.items[unit / num_kv_heads_];
+    const Item& item = step_.items[unit % step_.num_items];
     const int64_t rows = item.num_tokens * group_;
     const AttentionScratch scratch(memory, rows, head_dim_);
     for (int64_t row = 0; row < rows; row++)
@@ -89,7 +89,7 @@ class PagedAttention {
       if (!is_last)
         locate(*following, unit, tile->first_group + kTileGroups);
       else if (next < num_units())
-        locate(*following, next, first_group(step_.items[next / num_kv_heads_]));
+        locate(*following, next, first_group(step_.items[next % step_.num_items]));
       else
         *following = *tile;
       add_tile(item, *tile, *following, scratch);
@@ -115,8 +115,8 @@ class PagedAttention {
 
   // A row's place among queries or output.
   int64_t offset(int64_t unit, int64_t row, int64_t stride) const {
-    const int64_t token = step_.items[unit / num_kv_heads_].first_token + row / group_;
-    return token * stride + (unit % num_kv_heads_ * group_ + row % group_) * head_dim_;
+    const int64_t token = step_.items[unit % step_.num_items].first_token + row / group_;
+    return token * stride + (unit / step_.num_items * group_ + row % group_) * head_dim_;
   }
 
   void narrow_query(const float* query, float* words) const {
@@ -138,8 +138,8 @@ class PagedAttention {
   }
 
   void locate(Tile& tile, int64_t unit, int64_t first) const {
-    const Item& item = step_.items[unit / num_kv_heads_];
-    const int64_t head = unit % num_kv_heads_, last = group_of(item.position + item.num_tokens - 1);
+    const Item& item = step_.items[unit % step_.num_items];
+    const int64_t head = unit / step_.num_items, last = group_of(item.position + item.num_tokens - 1);
     const int32_t* blocks = step_.block_table + item.row * step_.block_table_stride;
     tile.first_group = first;
     tile.num_groups = std::min(kTileGroups, last + 1 - first);

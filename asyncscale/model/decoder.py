@@ -98,10 +98,11 @@ def make_decoder(
             from asyncscale.model.native_decoder import NativeDecoder
 
             return NativeDecoder(library, spec, files, model, max_model_len, report)
-        _log.warning(
-            "asyncscale was installed without its native kernels (no C++ compiler?): "
-            "the model is computed in torch, which is several times slower"
-        )
+        if spec.engine_id == 0 and spec.incarnation == 0:  # once for all engines, and not again at restarts
+            _log.warning(
+                "asyncscale was installed without its native kernels (no C++ compiler?): "
+                "the model is computed in torch, which is several times slower"
+            )
     if spec.config.quantization is not None:
         raise ModelLoadError(
             f"quantization={spec.config.quantization!r} needs the native kernels, which compute on CPUs only, "
