@@ -86,7 +86,7 @@ def summarize(workload: Workload, runs: Sequence[Sequence[MeasuredStep]], work: 
 def table(measured: Measured, limits: Limits) -> str:
     """In Markdown: of each part its time, its share, and what it reaches of what the machine can do."""
     lines = [
-        "| part | ms | share | GFLOP/s | of its limit | GB/s | of its limit | of the slower one's time |",
+        "| part | ms | share | GFLOP/s | of the most | GB/s | of the most | least time / time |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for part, name in _NAMES.items():

@@ -59,6 +59,15 @@ def measure_limits(
         library.cdll.asyncscale_team_delete(team)
 
 
+def best_limits(first: Limits, second: Limits) -> Limits:
+    """Of two measurements of the same."""
+    return Limits(
+        first.num_threads,
+        max(first.bytes_per_s, second.bytes_per_s),
+        {name: max(limit, second.operations_per_s[name]) for name, limit in first.operations_per_s.items()},
+    )
+
+
 def _bytes_per_s(library: Library, team: int, scale: float) -> float:
     size = max(int(scale * max(_LEAST_BYTES, _CACHES * _largest_cache())), 1 << 20)
     data = _memory(size)

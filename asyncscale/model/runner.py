@@ -80,12 +80,14 @@ class ModelRunner:
     def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         """Compute the batch's tokens; sample where all of a sequence's tokens are computed then."""
         meanwhile()
-        points = sample_points(batch)  # before the kernels have filled the caches with weights
+        # These two now, as the kernels fill the caches with weights.
+        points = sample_points(batch)
+        takes_best = self.sampler.takes_best(points.rows)
         self.forward(batch)
         of_prompts = self._all_prompt_logprobs(batch) if self._prompt_logprobs else {}
         if not points.rows.size:
             return StepResult(points.rows, np.empty(0, np.int32), prompt_logprobs=of_prompts)
-        if self.sampler.takes_best(points.rows):
+        if takes_best:
             sampled = self.sampler.take_best(points.rows, *self.decoder.best(points.indices))
         else:
             logits = self.decoder.logits(points.indices)

@@ -150,7 +150,10 @@ class Sampler:
             apply_penalties(logits, penalized, penalties)
 
     def _errors(self, rows: Int32, highest: npt.NDArray[np.float32]) -> dict[int, str]:
-        bad = np.flatnonzero(~np.isfinite(highest)).tolist()
+        finite = np.isfinite(highest)
+        if finite.all() and not self._invalid:
+            return {}
+        bad = np.flatnonzero(~finite).tolist()
         errors = {int(rows[i]): _no_token(float(highest[i])) for i in bad}
         if self._invalid:
             errors.update((row, self._invalid[row]) for row in rows.tolist() if row in self._invalid)

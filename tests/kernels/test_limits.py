@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asyncscale.kernels.library import FORMATS, INSTRUCTION_SETS, Format, load_library
-from asyncscale.kernels.limits import measure_limits
+from asyncscale.kernels.limits import Limits, best_limits, measure_limits
 
 ISAS = [isa for isa in INSTRUCTION_SETS if load_library(isa)]
 
@@ -36,3 +36,8 @@ def test_operations_are_counted_on_each_thread(isa: str, name: Format) -> None:
     elements = {"float32": 1, "bfloat16": 2, "int8": 4}[name]
     assert counts[0] % (2 * 100 * elements) == 0
     assert counts == counts[:1] * 3
+
+
+def test_the_best_of_two_measurements_is_taken_of_each_limit() -> None:
+    best = best_limits(Limits(2, 5.0, {"int8": 1.0, "float32": 7.0}), Limits(2, 4.0, {"int8": 2.0, "float32": 6.0}))
+    assert best == Limits(2, 5.0, {"int8": 2.0, "float32": 7.0})
