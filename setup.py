@@ -58,6 +58,7 @@ def _kernels(isa: str, flags: list[str]) -> Extension:
             # The standard says nothing of fused multiplications, so compilers have to be told that they may.
             "-ffp-contract=fast",
             "-fvisibility=hidden",
+            "-Wno-maybe-uninitialized",  # of GCC's own headers for AVX-512
             "-pthread",
             *flags,
         ],
