@@ -12,9 +12,10 @@ from asyncscale.bench.model_engine import PARTS, PYTHON_PARTS, MeasuredStep, mea
 from asyncscale.bench.model_report import Measured, Workload, summarize, table
 from asyncscale.bench.model_work import StepWork, Work, total_work
 from asyncscale.checkpoint.model_config import ModelConfig
-from asyncscale.config import CheckpointFiles, EngineConfig
+from asyncscale.config import CheckpointFiles, EngineConfig, SimulatedModel
 from asyncscale.kernels.limits import Limits
 from asyncscale.params import Sampling
+from asyncscale.tokenization.simulated import SimulatedTokenizer
 
 LIMITS = Limits(1, bytes_per_s=1e9, operations_per_s={"float32": 1e9, "bfloat16": 2e9, "int8": 4e9})
 
@@ -136,6 +137,7 @@ def test_the_command_prints_a_table_for_each_workload(
     tiny_files: CheckpointFiles, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncscale.bench.model.resolve_model", lambda name: tiny_files)
+    monkeypatch.setattr("asyncscale.bench.model.load_codec", lambda files: SimulatedTokenizer(SimulatedModel()))
     monkeypatch.setattr("asyncscale.bench.model.measure_limits", lambda library, num_threads, formats: LIMITS)
     options = ["--dtype", "float32", "--threads", "1", "--batches", "1,3", "--context", "40", "--prompt", "100"]
     assert main(["model", "--model", tiny_files.path, *options, "--steps", "8", "--long-context", "150"]) == 0
