@@ -82,7 +82,13 @@ def test_the_slower_of_arithmetic_and_memory_is_the_limit() -> None:
 
 
 def test_parts_of_each_step_of_an_engine_are_measured(tiny_files: CheckpointFiles) -> None:
-    config = EngineConfig(dtype="float32", threads_per_engine=1, enable_prefix_caching=False, max_num_batched_tokens=64)
+    config = EngineConfig(
+        dtype="float32",
+        threads_per_engine=1,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=64,
+        speculation="off",
+    )
     prompts = [np.arange(50, dtype=np.int32) + i for i in range(3)]
     with measured_engine(tiny_files, config) as engine:
         for _ in range(2):
@@ -91,7 +97,7 @@ def test_parts_of_each_step_of_an_engine_are_measured(tiny_files: CheckpointFile
             assert 3 * (50 + 5) - 3 <= num_tokens < 3 * (50 + 5)  # the last step, of up to three, is not there
             for one in steps:
                 assert one.seconds.keys() == set(PARTS)
-                assert all(seconds > -1e-9 for seconds in one.seconds.values())
+                assert min(one.seconds.values()) > -1e-9, one.seconds
                 assert one.seconds["head"] > 0 or one.num_logits == 0
                 assert min(one.seconds[part] for part in ("qkv", "attention", "down", *PYTHON_PARTS[1:])) > 0
             assert any(one.num_decodes == 3 == one.num_logits for one in steps)
