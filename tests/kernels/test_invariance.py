@@ -17,7 +17,7 @@ CONFIG = tiny(  # with biases, and a window in its second layer
 )  # fmt: skip
 WEIGHTS = random_weights(CONFIG)
 _generator = np.random.default_rng(5)
-SEQUENCES = {row: _generator.integers(0, 130, length).tolist() for row, length in {3: 137, 0: 1, 5: 66, 1: 40}.items()}
+SEQUENCES = {row: _generator.integers(0, 130, length).tolist() for row, length in {3: 107, 0: 1, 5: 66, 1: 40}.items()}
 SPOILT_TOKEN = 130
 
 
@@ -46,9 +46,8 @@ def test_logits_are_the_same_alone_in_any_chunks_company_and_blocks_and_by_any_t
         model = make(threads)
         assert model.decoder.num_threads == threads
         assert_same(model.run(SEQUENCES, random_chunks(*chunks), seed), alone, (threads, chunks))
-        # Now in blocks that others have left behind.
-        backwards = dict(reversed(SEQUENCES.items()))
-        assert_same(model.run(backwards, random_chunks(1, 30), seed), alone, (threads, "again"))
+    # Now in blocks that others have left behind.
+    assert_same(model.run(dict(reversed(SEQUENCES.items())), random_chunks(1, 30), 4), alone, "again")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -85,5 +84,5 @@ def test_what_is_no_number_stays_in_its_own_sequence(
     assert_same(logits | {7: healthy[5]}, healthy | {7: healthy[5]}, "beside it")
     assert np.array_equal(logits[7][:20], healthy[5][:20])
     assert not np.isfinite(logits[7][20:]).any()
-    for seed in range(3):  # most of the blocks are those of the spoilt one now
+    for seed in range(2):  # most of the blocks are those of the spoilt one now
         assert_same(model.run(SEQUENCES, chunk, seed), healthy, "after it")
