@@ -6,9 +6,10 @@ import argparse
 
 import numpy as np
 
-from asyncscale.bench.model_engine import MeasuredEngine, measured_engine
+from asyncscale.bench.model_engine import Int32, MeasuredEngine, measured_engine
 from asyncscale.bench.model_report import PYTHON_BATCH, Measured, Workload, summarize, summary, table, title
 from asyncscale.bench.model_work import StepWork
+from asyncscale.bench.workload import corpus
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.config import CheckpointFiles, EngineConfig
@@ -17,6 +18,7 @@ from asyncscale.kernels.library import Library, load_library
 from asyncscale.kernels.limits import PLAIN_FORMATS, Limits, best_limits, measure_limits
 from asyncscale.model.native_decoder import formats
 from asyncscale.params import Sampling
+from asyncscale.tokenization.loading import load_codec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     with measured_engine(files, config) as engine:
         known = {*PLAIN_FORMATS, *formats(config, library)}
         limits = measure_limits(library, engine.decoder.num_threads, known)
-        measured = [_measure(engine, workload, work) for workload in _workloads(arguments, engine.max_model_len)]
+        text = np.array(load_codec(files).encode(corpus()), np.int32)
+        workloads = _workloads(arguments, engine.max_model_len)
+        measured = [_measure(engine, workload, work, text) for workload in workloads]
         # Again: whatever else the machine did may have been in the way.
         limits = best_limits(limits, measure_limits(library, engine.decoder.num_threads, known))
     _print_header(files, config, library, limits)
@@ -80,12 +84,12 @@ def _workloads(arguments: argparse.Namespace, max_model_len: int) -> list[Worklo
     return workloads
 
 
-def _measure(engine: MeasuredEngine, workload: Workload, work: StepWork) -> Measured:
+def _measure(engine: MeasuredEngine, workload: Workload, work: StepWork, text: Int32) -> Measured:
     rng = np.random.default_rng(0)
 
-    def prompts() -> list[np.ndarray]:
-        shape = (workload.num_prompts, workload.prompt_length)
-        return list(rng.integers(engine.vocab_size, size=shape, dtype=np.int32))
+    def prompts() -> list[Int32]:
+        starts = rng.integers(len(text) - workload.prompt_length, size=workload.num_prompts)
+        return [text[start : start + workload.prompt_length] for start in starts]
 
     if workload.num_decodes:
         steps = engine.run(prompts(), workload.sampling)

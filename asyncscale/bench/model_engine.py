@@ -150,7 +150,6 @@ class _Watch:
         _replace(decoder, "best", self._timed("native", decoder.best))
         for name in ("take_best", "sample"):
             _replace(runner.sampler, name, self._timed("sampling", getattr(runner.sampler, name)))
-        _replace(runner.sampler, "take_best", self._timed("sampling", runner.sampler.take_best))
 
     def steps_of(self, run: Callable[[], None], num_requests: int) -> list[MeasuredStep]:
         """What is computed while `run` runs, from when so many requests have arrived until they have ended."""
