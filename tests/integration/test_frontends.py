@@ -409,7 +409,8 @@ class Failed(Exception):
     def __init__(self, index): self.index = index
 async def main(client, index):
     tokens = await client.generate("x", max_tokens=3, ignore_eos=True)
-    print(f"hello {sys.argv[1]}", flush=True)
+    sys.stdout.write(f"hello {sys.argv[1]}\\n")  # in one write, as print does only where it buffers
+    sys.stdout.flush()
     if index == 1 and sys.argv[2] == "fail":
         raise Failed(index)
     return len(tokens.token_ids)
