@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_LOOK_INTERVAL_S = 0.01
 
 
 @contextlib.contextmanager
@@ -46,13 +49,23 @@ def _locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):  # and was not renamed or removed by the lock's last holder
-                return descriptor
+            # Asked for again and again: who renames the file may keep a lock on it for as long as it is used.
+            while _is_at(descriptor, path):
+                if _try_lock(descriptor) and _is_at(descriptor, path):
+                    return descriptor
+                time.sleep(_LOOK_INTERVAL_S)
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
 from asyncscale.model import content_digest, weight_cache, weight_cache_room, weight_file
+from asyncscale.model.file_lock import exclusive_file
 from asyncscale.model.packing import Packer, WeightFormat, packed_specs
 from asyncscale.model.weight_cache import PackedWeights, packed_weights
 from asyncscale.model.weights import read_weights, weight_shapes
@@ -549,3 +552,23 @@ def test_no_more_digests_are_remembered_than_useful(
         load()
         (Path(files.path) / "model.safetensors").rename(Path(files.path) / f"{seed}.old")  # keeps its inode
     assert len(list((cache / "digests").iterdir())) == 2
+
+
+def test_who_waits_goes_on_when_the_file_was_renamed_and_stays_locked(tmp_path: Path) -> None:
+    """As where the builder maps what it built, for as long as it lives."""
+    building = tmp_path / "x.building"
+    began, ended = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        began.set()
+        with exclusive_file(building):
+            ended.set()
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    with exclusive_file(building) as descriptor:
+        waiter.start()
+        began.wait(10)
+        building.rename(tmp_path / "x")
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        assert ended.wait(10)
+        waiter.join(10)
