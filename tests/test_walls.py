@@ -71,6 +71,8 @@ def test_decisions_do_no_io() -> None:
         "client/router.py",
         "client/choice.py",
         "client/stream.py",
+        "client/live_requests.py",
+        "client/intake.py",
         "engine/core.py",
         "engine/scheduler.py",
         "engine/block_pool.py",

@@ -106,7 +106,7 @@ async def test_a_call_that_times_out_leaves_nothing_behind(make_fleet: MakeFleet
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(fleet.dispatcher.call("profile", []), 0.01)
     await fleet.until(lambda: len(fleet.engines[0].calls()) == 2)
-    assert len(fleet.dispatcher._connections[0]._calls) == 1  # the attached client's: the owner waits, it does not
+    assert len(fleet.dispatcher._fleet[0]._calls) == 1  # the attached client's: the owner waits, it does not
 
 
 async def test_an_answer_that_comes_too_late_is_nobodys(make_fleet: MakeFleet) -> None:

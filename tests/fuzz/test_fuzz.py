@@ -156,7 +156,7 @@ class ClientTarget:
         try:
             for payload in case:
                 engines._on_frames([payload])
-                for connection in list(dispatcher._connections.values()):
+                for connection in list(dispatcher._fleet._connections.values()):
                     connection._on_frames([payload])
             for stream in streams:
                 [choice.text() for choice in stream.choices]

@@ -167,7 +167,7 @@ async def assert_nothing_is_left(client: AsyncScaleClient) -> None:
         assert (stats["free_blocks"], stats["used_blocks"]) == (stats["num_blocks"], 0)
     dispatcher = client._dispatcher
     await asyncio.sleep(0)  # aborted requests that were held back are dropped in the next turn
-    assert (dispatcher.num_live, dispatcher._choices, dispatcher._stranded) == (0, {}, {})
+    assert (dispatcher.num_live, dispatcher._live.choices, dispatcher._stranded) == (0, {}, {})
     assert (len(dispatcher._held), dispatcher._held.num_tokens, dispatcher._held._heap) == (0, 0, [])
     assert dispatcher._load_waiters == set()
     assert [(engine.mine, engine.my_tokens) for engine in dispatcher._router._engines.values()] == [(0, 0), (0, 0)]

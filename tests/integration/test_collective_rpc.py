@@ -154,7 +154,7 @@ async def test_an_engine_that_dies_before_it_answers_raises_its_death(
     pid = pids(owner)[1]
     os.kill(pid, signal.SIGSTOP)
     call = asyncio.ensure_future(client.collective_rpc("process_info"))
-    waiting = owner._dispatcher._connections
+    waiting = owner._dispatcher._fleet._connections
     async with asyncio.timeout(10):
         while waiting[0]._calls or not waiting[1]._calls:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -182,7 +182,7 @@ async def test_a_timeout_leaves_nothing_behind_and_the_call_runs_all_the_same(
     await asyncio.gather(*tasks)
     await wait_versions(client, [1, 1, 1])
     assert not any(load.accepting for load in client.engine_loads())
-    assert not any(connection._calls for connection in owner._dispatcher._connections.values())
+    assert not any(connection._calls for connection in owner._dispatcher._fleet._connections.values())
 
 
 # --- pause and drain
@@ -233,7 +233,7 @@ async def test_what_is_there_waits_out_a_pause_and_ends_in_a_drain(
 
 async def test_one_paused_engine_gets_nothing_while_others_do(owner: AsyncScaleClient) -> None:
     """As when a call reached it and not the others: told by its counts alone."""
-    connection = owner._dispatcher._connections[1]
+    connection = owner._dispatcher._fleet[1]
     assert (await connection.call("pause", [])).error is None
     async with AsyncScaleClient.attach(owner.address) as other:
         for client in (owner, other):

@@ -319,7 +319,7 @@ async def test_a_peer_under_the_identity_of_a_live_client_changes_nothing(
         live = other.generate("live", max_tokens=2000, ignore_eos=True)
         tokens = aiter(live)
         await anext(tokens)  # an identity is a secret of whoever connects with it first
-        engine_connection = other._dispatcher._connections[0]
+        engine_connection = other._dispatcher._fleet[0]
         double = connect(peer, other._identity if peer == "coordinator" else engine_connection.identity)
         for _ in range(10):
             double.send(messages.encoder.encode(messages.Disconnect() if peer != "coordinator" else messages.Detach()))
@@ -624,7 +624,7 @@ async def test_generate_while_closing_is_refused_and_harms_nothing() -> None:
 async def test_a_call_whose_arguments_cannot_be_sent_leaves_nothing(client: AsyncScaleClient) -> None:
     with pytest.raises(TypeError):
         await client.collective_rpc("kv_cache_stats", object())
-    assert client._dispatcher._connections[0]._calls == {}
+    assert client._dispatcher._fleet[0]._calls == {}
 
 
 async def test_waits_for_loads_that_are_cancelled_leave_nothing(client: AsyncScaleClient) -> None:

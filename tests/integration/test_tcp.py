@@ -191,7 +191,7 @@ async def death_of(client: AsyncScaleClient) -> tuple[str | None, EngineDeadErro
     """How the only engine of a client died, when it has, in health and as an error."""
     while client.health()[0].state == "ready":  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    return client.health()[0].last_error, client._dispatcher._deaths[0]
+    return client.health()[0].last_error, client._dispatcher._fleet.deaths[0]
 
 
 # --- peers that are not let in
