@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 from programs import processes_of
 
 
@@ -37,10 +38,11 @@ def runtime_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def nothing_left_over(runtime_folders: Path) -> Iterator[None]:
     """Fails the test that leaves a process, a thread, a descriptor or a file behind."""
     me = psutil.Process()
-    # Made once per process by the standard library, on first use; they are no leak of the test that comes first.
+    # Made once per process by the standard library and by libuv, on first use: no leak of the test that comes first.
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()
+    uvloop.new_event_loop().close()
     children, threads, descriptors = set(me.children(recursive=True)), set(threading.enumerate()), me.num_fds()
     yield
     wait_until(lambda: not (set(me.children(recursive=True)) - children), "child processes are gone")
