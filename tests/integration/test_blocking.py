@@ -47,6 +47,8 @@ def assert_idle(client: AsyncScaleClient) -> None:
 
 # --- the same client
 
+ONLY_ASYNCHRONOUS = {"dashboard", "metrics"}
+
 
 def public_methods(kind: type) -> dict[str, Any]:
     return {name: inspect.getattr_static(kind, name) for name in dir(kind) if not name.startswith("_")}
@@ -54,9 +56,12 @@ def public_methods(kind: type) -> dict[str, Any]:
 
 def test_it_has_every_public_name_of_the_asynchronous_client_with_the_same_arguments() -> None:
     ours, theirs = public_methods(AsyncScaleClient), public_methods(asyncscale.AsyncScaleClient)
-    assert ours.keys() == theirs.keys()
+    assert theirs.keys() - ours.keys() <= ONLY_ASYNCHRONOUS
+    assert ours.keys() <= theirs.keys()
     assert inspect.signature(AsyncScaleClient).parameters == inspect.signature(asyncscale.AsyncScaleClient).parameters
     for name, member in theirs.items():
+        if name not in ours:
+            continue
         if isinstance(member, property):
             assert isinstance(ours[name], property)
             continue
