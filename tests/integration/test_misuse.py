@@ -66,7 +66,7 @@ async def test_printing_a_request_says_how_to_read_it(generation: Generation) ->
         )
 
 
-@pytest.mark.parametrize("loop", [list, iter, "".join])
+@pytest.mark.parametrize("loop", [list, iter, enumerate])
 async def test_a_plain_for_names_async_for_and_the_blocking_client(
     generation: Generation, loop: Callable[[object], object]
 ) -> None:
