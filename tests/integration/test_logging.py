@@ -88,7 +88,7 @@ from asyncscale import AsyncScaleClient, SimulatedModel
 from asyncscale.background import BackgroundLoop
 
 async def ask(client):
-    return await client.generate("hello", max_tokens=3)
+    return await client.generate("hello", max_tokens=3, ignore_eos=True)
 
 async def main():
     logging.getLogger("asyncscale").setLevel(logging.INFO)
@@ -120,7 +120,7 @@ async def main():
     async with AsyncScaleClient(SimulatedModel(), num_engines=2) as client:
         await client.collective_rpc("pause")
         await client.collective_rpc("resume")
-        await client.generate("hello", max_tokens=3)
+        await client.generate("hello", max_tokens=3, ignore_eos=True)
 
 asyncio.run(main())
 """
