@@ -6,11 +6,10 @@ import asyncio
 import logging
 import os
 import time
-import weakref
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 import zmq
@@ -23,6 +22,7 @@ from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
+from asyncscale.client.life import Life
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
@@ -35,12 +35,7 @@ from asyncscale.client.submission import Submission
 from asyncscale.client.supervisor import Launch
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.cpus import usable_cpus
-from asyncscale.errors import (
-    ClientClosedError,
-    ClientStateError,
-    EngineDeadError,
-    EngineError,
-)
+from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.memory import available_memory
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
@@ -142,50 +137,28 @@ class AsyncScaleClient:
         self._policy = routing_policy(routing)
         self._limits = limits
         self._attach_to = attach_to
-        self._state = State.NEW
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
-        self._owner_pid = 0  # of the process that started it, unlike forks of that
-        self._starter: asyncio.Task[Any] | None = None  # who awaits `start`, until it is over
-        self._closed_while_starting = False
-        self._closing: asyncio.Task[None] | None = None
-        self._may_drain = True
-        self._drain_limit: asyncio.Timeout | None = None  # while it drains
-        self._cleanup = AsyncExitStack()  # in reverse: requests and connections, engines, sockets' context
+        self._life = Life()
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
         self._dispatcher: Dispatcher
         self._submission: Submission
-        self._finalizer: weakref.finalize[..., AsyncScaleClient] | None = None  # while it runs
 
     # --- life
 
     async def start(self) -> AsyncScaleClient:
         """Fetch the model if need be, start the engines (or attach to them), and return when requests can be served."""
-        if self._state is not State.NEW:
-            raise wrong_state(self._state, "start")
-        self._state = State.STARTING
-        self._loop = asyncio.get_running_loop()
-        self._owner_pid = os.getpid()
-        self._context = transport.make_context()
-        self._cleanup.callback(self._context.destroy, linger=0)
-        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
-        self._starter = starter = cast("asyncio.Task[Any]", asyncio.current_task())
-        num_cancels = starter.cancelling()
-        try:
-            await (self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to))
-        except BaseException:
-            if self._closing is None:
-                self._begin_closing(self._shut_down())
-            await self._wait_closed()
-            if self._closed_while_starting and starter.uncancel() <= num_cancels:
-                raise ClientClosedError("the client was closed while it started") from None
-            raise
-        finally:
-            self._starter = None
-        self._state = State.RUNNING
-        self._finalizer = end_when_forgotten(self, self._loop, self._cleanup, self._engines, self._context)
+        await self._life.start(self._begin)
+        loop, cleanup = asyncio.get_running_loop(), self._life.cleanup
+        finalizer = end_when_forgotten(self, loop, cleanup, self._engines, self._context)
+        self._life.run(finalizer, partial(end_now, self._engines, self._context))
         return self
+
+    async def _begin(self) -> None:
+        self._context = transport.make_context()
+        self._life.cleanup.callback(self._context.destroy, linger=0)
+        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
+        await (self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to))
 
     async def _start_owned(self) -> None:
         started = time.monotonic()
@@ -240,8 +213,8 @@ class AsyncScaleClient:
 
     def _use(self, engines: Engines) -> None:
         self._engines = engines
-        self._cleanup.push_async_callback(engines.stop)
-        self._cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
+        self._life.cleanup.push_async_callback(engines.stop)
+        self._life.cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
 
     async def _connect(self, codec: TextCodec) -> None:
         await self._dispatcher.wait_engine()  # one that was ready may have died since
@@ -257,88 +230,7 @@ class AsyncScaleClient:
         as cancelling the first does; the closing goes on. It does nothing in a fork of the process that the client
         belongs to. When the client's event loop is closed, it can be closed from any other, without drain.
         """
-        if self._state is State.NEW:
-            self._state = State.CLOSED
-            return
-        if self._state is State.CLOSED or os.getpid() != self._owner_pid:
-            return
-        if self._loop is not None and self._loop.is_closed():
-            await asyncio.to_thread(self._abandon)
-            return
-        self._check_loop()
-        if self._closing is None:
-            if self._starter is not None:
-                drain = False
-                self._closed_while_starting = True
-                self._starter.cancel()
-            self._begin_closing(self._close(drain, timeout))
-            try:
-                await self._wait_closed()
-            except asyncio.CancelledError:
-                self._stop_draining()
-                raise
-        else:
-            if not drain:
-                self._stop_draining()
-            await self._wait_closed()
-
-    def _begin_closing(self, closing: Coroutine[Any, Any, None]) -> None:
-        self._state = State.CLOSING
-        self._closing = asyncio.ensure_future(closing)
-        self._closing.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-    def _stop_draining(self) -> None:
-        self._may_drain = False  # if it has not begun to
-        if self._drain_limit is not None and not self._drain_limit.expired():
-            self._drain_limit.reschedule(0.0)
-
-    async def _wait_closed(self) -> None:
-        """Return when the client is closed; it goes on being closed when who waits here is cancelled."""
-        if self._closing is None:
-            return
-        await asyncio.wait([self._closing])
-        error = None if self._closing.cancelled() else self._closing.exception()
-        if isinstance(error, Exception):  # else a Ctrl-C that hit the closing: it has been raised already, by the loop
-            raise error
-
-    async def _close(self, drain: bool, timeout: float | None) -> None:
-        try:
-            if drain and self._may_drain:
-                self._dispatcher.refuse_waiting(ClientClosedError("the client was closed"))
-                async with asyncio.timeout(timeout) as self._drain_limit:
-                    await self._drain()
-        except TimeoutError:
-            if self._drain_limit is None or self._drain_limit.when() == 0.0:
-                return  # somebody does not want to wait for it
-            logger.warning("closing: %d requests did not finish within %g s", self._dispatcher.num_in_flight, timeout)
-        finally:
-            self._drain_limit = None
-            await self._shut_down()
-
-    async def _drain(self) -> None:
-        """Wait for this client's requests and, if its engines end with it, for those of all others."""
-        await self._dispatcher.wait_idle()
-        if self._attach_to is not None:
-            return
-        await self._dispatcher.call("drain", [])
-        while any(load.running or load.waiting for load in self._dispatcher.loads()):
-            await self._dispatcher.wait_load_change()
-
-    async def _shut_down(self) -> None:
-        try:
-            await self._cleanup.aclose()
-        finally:
-            self._set_closed()
-
-    def _abandon(self) -> None:
-        if self._finalizer is not None:
-            end_now(self._engines, self._context)
-        self._set_closed()
-
-    def _set_closed(self) -> None:
-        self._state = State.CLOSED
-        if self._finalizer is not None:
-            self._finalizer.detach()
+        await self._life.close(_Draining(self) if drain else None, timeout)
 
     async def __aenter__(self) -> AsyncScaleClient:
         return await self.start()
@@ -346,8 +238,8 @@ class AsyncScaleClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None and self._closing is not None:
-            await self._wait_closed()  # another task closes it, and perhaps lets requests finish
+        if error is None and self._life.is_closing:
+            await self._life.wait_closed()  # another task closes it, and perhaps lets requests finish
         else:
             await self.close(drain=False)
 
@@ -379,7 +271,7 @@ class AsyncScaleClient:
         session: requests of the same session prefer the same engine, whose prefix cache knows their past.
         Raises InvalidRequestError, OverloadedError, ClientStateError, EngineDeadError.
         """
-        self._check_usable()
+        self._life.check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
         return self._submission.submit(lambda: prompt, SamplingParams.of(params, sampling), options, self)
 
@@ -405,7 +297,7 @@ class AsyncScaleClient:
         timeout: counts from this call on. Raises what `generate` raises except OverloadedError, RequestTimeoutError,
         and ClientClosedError when the client is closed meanwhile.
         """
-        self._check_usable()
+        self._life.check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
         return await self._submission.submit_in_turn(lambda: prompt, SamplingParams.of(params, sampling), options, self)
 
@@ -433,7 +325,7 @@ class AsyncScaleClient:
         chat_template_kwargs: further variables of the template. Raises InvalidRequestError, also for a model without
         one.
         """
-        self._check_usable()
+        self._life.check_usable()
 
         def encode() -> list[int]:
             return self._submission.codec.encode_chat(
@@ -451,13 +343,13 @@ class AsyncScaleClient:
 
         With `host`, it holds the key that lets in whoever has it, from wherever it is reached: then it is a secret.
         """
-        if self._state is not State.RUNNING:
-            raise wrong_state(self._state, "use")
+        if self._life.state is not State.RUNNING:
+            raise wrong_state(self._life.state, "use")
         return self._engines.address  # also from other loops, threads and forks: to attach there
 
     def engine_loads(self) -> tuple[EngineLoad, ...]:
         """The newest counts of every engine, and their age. Asks nobody."""
-        self._check_usable()
+        self._life.check_usable()
         return self._dispatcher.loads()
 
     def health(self) -> tuple[EngineHealth, ...]:
@@ -467,7 +359,7 @@ class AsyncScaleClient:
 
             [engine.engine_id for engine in client.health() if engine.state != "ready"]
         """
-        self._check_usable()
+        self._life.check_usable()
         return self._engines.roster.health()
 
     @property
@@ -475,7 +367,7 @@ class AsyncScaleClient:
         """How many messages were dropped because they made no sense: of engines or owner, or, in an owner, of attached
         clients. Engines count what they drop themselves: see ``collective_rpc("process_info")``.
         """
-        self._check_usable()
+        self._life.check_usable()
         return self._engines.num_malformed + self._dispatcher.num_malformed
 
     async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
@@ -485,7 +377,7 @@ class AsyncScaleClient:
 
         Ends when the client is closed.
         """
-        while self._state is State.RUNNING:
+        while self._life.state is State.RUNNING:
             yield self.engine_loads()
             await self._dispatcher.wait_load_change()
 
@@ -503,7 +395,7 @@ class AsyncScaleClient:
         Raises EngineError when an engine refuses or fails, EngineDeadError when one dies before it answers,
         TimeoutError.
         """
-        self._check_usable()
+        self._life.check_usable()
         raw = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
         if len(args) > messages.MAX_CALL_ARGS or sum(map(len, map(bytes, raw))) > messages.MAX_CALL_BYTES:
             raise ValueError(
@@ -515,29 +407,33 @@ class AsyncScaleClient:
             raise fresh(self._dispatcher.last_death)
         return [_value(result) for result in results]
 
-    # --- use
-
-    def _check_usable(self) -> None:
-        if self._state is not State.RUNNING:
-            raise wrong_state(self._state, "use")
-        self._check_loop()
-
-    def _check_loop(self) -> None:
-        if asyncio._get_running_loop() is not self._loop:
-            is_fork = os.getpid() != self._owner_pid
-            where = "by the process that this one is a fork of" if is_fork else "on another event loop"
-            raise ClientStateError(
-                f"this client was started {where}. "
-                "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
-            )
-
     def __repr__(self) -> str:
         what = (
             f"attached to {shown(self._attach_to)!r}"
             if self._attach_to
             else f"{self._model!r}, num_engines={self._num_engines}"
         )
-        return f"<AsyncScaleClient {what}, {self._state.value}>"
+        return f"<AsyncScaleClient {what}, {self._life.state.value}>"
+
+
+class _Draining:
+    """Lets requests finish; those of attached clients, too, when the engines end with this one."""
+
+    def __init__(self, client: AsyncScaleClient) -> None:
+        self._client = client
+
+    async def drain(self) -> None:
+        dispatcher = self._client._dispatcher
+        dispatcher.refuse_waiting(ClientClosedError("the client was closed"))
+        await dispatcher.wait_idle()
+        if self._client._attach_to is None:
+            await dispatcher.call("drain", [])
+            while any(load.running or load.waiting for load in dispatcher.loads()):
+                await dispatcher.wait_load_change()
+
+    @property
+    def num_undone(self) -> int:
+        return self._client._dispatcher.num_in_flight
 
 
 def _value(result: messages.EngineResult) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
-from typing import Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from typing import Protocol, Self
 
 import msgspec
 
@@ -16,6 +17,15 @@ from asyncscale.errors import RequestAbortedError
 from asyncscale.messages import FinishReason
 
 
+class TokenSource(Protocol):
+    """What a token asks for what is not its own: the choice that it belongs to, or what is left of that."""
+
+    @property
+    def index(self) -> int: ...
+    def text_at(self, index: int, /) -> str: ...
+    def logprob_at(self, index: int, /) -> float | None: ...
+
+
 class Token(msgspec.Struct, eq=False, gc=False):
     """One generated token. `str(token)` is its text.
 
@@ -25,22 +35,22 @@ class Token(msgspec.Struct, eq=False, gc=False):
     asked for, else None. finish_reason: on a choice's last token, why it ended ("stop" or "length"), else None.
     """
 
-    _stream: ChoiceStream
+    _source: TokenSource
     index: int
     token_id: int
     finish_reason: FinishReason | None = None
 
     @property
     def text(self) -> str:
-        return self._stream.text_at(self.index)
+        return self._source.text_at(self.index)
 
     @property
     def choice(self) -> int:
-        return self._stream.index
+        return self._source.index
 
     @property
     def logprob(self) -> float | None:
-        return self._stream.logprob_at(self.index)
+        return self._source.logprob_at(self.index)
 
     def __str__(self) -> str:
         return self.text
@@ -80,12 +90,17 @@ class Generation:
         """Whether it has ended, well or not."""
         return self._stream.done
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have arrived, of all choices."""
+        return self._stream.num_tokens
+
     def abort(self) -> None:
         """End it on its engine. Who reads it gets RequestAbortedError. Does nothing when it has ended."""
         if not self._stream.done:
             self._abort(self._stream, RequestAbortedError(f"request {self.request_id!r} was aborted"))
 
-    def __aiter__(self) -> AsyncIterator[Token]:
+    def __aiter__(self) -> Reader:
         stream = self._stream
         if stream.arrivals is None:
             return _ChoiceReader(self, stream.choices[0])
@@ -105,13 +120,13 @@ class Generation:
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
-        return f"<Generation {self.request_id!r} {state}, {self._stream.num_tokens} tokens>"
+        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens>"
 
     def __del__(self) -> None:
         _abort_unread(self._loop, self._stream, self._abort)
 
 
-class _Reader:
+class Reader(ABC):
     """One pass over the tokens. When it goes away before the end, its loop was left early."""
 
     __slots__ = ("_generation",)
@@ -121,6 +136,14 @@ class _Reader:
 
     def __aiter__(self) -> Self:
         return self
+
+    @abstractmethod
+    async def __anext__(self) -> Token: ...
+
+    @property
+    @abstractmethod
+    def has_arrived(self) -> bool:
+        """Whether the next token is there already."""
 
     async def _wait(self, source: ChoiceStream | RequestStream) -> None:
         """Return when there may be more; raise when there is not."""
@@ -138,7 +161,7 @@ class _Reader:
         _abort_unread(generation._loop, generation._stream, generation._abort)
 
 
-class _ChoiceReader(_Reader):
+class _ChoiceReader(Reader):
     """The tokens of a request's only choice."""
 
     __slots__ = ("_choice", "_next")
@@ -148,6 +171,10 @@ class _ChoiceReader(_Reader):
         self._choice = choice
         self._next = 0
 
+    @property
+    def has_arrived(self) -> bool:
+        return self._next < len(self._choice.token_ids)
+
     async def __anext__(self) -> Token:
         choice, index = self._choice, self._next
         while index >= len(choice.token_ids):
@@ -156,7 +183,7 @@ class _ChoiceReader(_Reader):
         return _token(choice, index)
 
 
-class _InterleavedReader(_Reader):
+class _InterleavedReader(Reader):
     """The tokens of several choices, in the order in which they came."""
 
     __slots__ = ("_arrivals", "_cursors", "_next", "_stream")
@@ -167,6 +194,10 @@ class _InterleavedReader(_Reader):
         self._arrivals = arrivals
         self._next = 0
         self._cursors = [0] * len(stream.choices)
+
+    @property
+    def has_arrived(self) -> bool:
+        return self._next < len(self._arrivals)
 
     async def __anext__(self) -> Token:
         while self._next >= len(self._arrivals):

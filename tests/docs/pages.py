@@ -22,6 +22,8 @@ from sybil.document import Document
 from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser
 
+from asyncscale import AsyncScaleClient
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "asyncscale" / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -36,8 +38,12 @@ def run_page(page: Path) -> int:
         document = _parse(page, runner)
         document.namespace["__name__"] = "__main__"
         examples = list(document)
-        for example in examples:
-            example.evaluate()
+        try:
+            for example in examples:
+                example.evaluate()
+        except BaseException:
+            runner.run(_close_clients(document.namespace))  # else what is left running hides why
+            raise
     return len(examples)
 
 
@@ -79,6 +85,12 @@ def _run_python(example: Example, runner: asyncio.Runner) -> None:
         await eval(code, example.namespace)
 
     runner.run(run())
+
+
+async def _close_clients(namespace: dict[str, object]) -> None:
+    for value in list(namespace.values()):
+        if isinstance(value, AsyncScaleClient):
+            await value.close(drain=False)
 
 
 def _run_shell(example: Example) -> None:

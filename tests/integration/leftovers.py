@@ -38,8 +38,7 @@ def runtime_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def nothing_left_over(runtime_folders: Path) -> Iterator[None]:
     """Fails the test that leaves a process, a thread, a descriptor or a file behind."""
     me = psutil.Process()
-    # Made once per process, on first use, by the standard library and by libuv; they are no leak of the test that comes
-    # first.
+    # Made once per process by the standard library and by libuv, on first use: no leak of the test that comes first.
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()
