@@ -1,16 +1,15 @@
 """The pages of the documentation, and how their code is run.
 
-Blocks of one page run in order in one namespace, as cells of a notebook do, so ``await`` may stand outside of functions.
-A ``python`` block whose first line is a comment with nothing but a file's name (``# app.py``) is saved as that file
-instead. ``sh`` blocks run line by line where those files are. Whatever else a page holds (``text``, ``console``,
-``json``) is not code. A comment ``<!-- invisible-code-block: python`` runs, but is not shown.
+Blocks of one page run in order in one namespace, as cells of a notebook do: ``await`` may stand outside of functions.
+One that calls ``asyncio.run`` runs as a script does. A ``python`` block whose first line is a comment with nothing but
+a file's name (``# app.py``) is saved as that file instead. ``sh`` blocks run line by line where those files are.
+Whatever else a page holds (``text``, ``console``, ``json``) is not code.
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
-import inspect
 import os
 import re
 import subprocess
@@ -77,12 +76,13 @@ def _run_python(example: Example, runner: asyncio.Runner) -> None:
     first_line = example.line + example.parsed.line_offset
     source = "\n" * first_line + example.parsed
     code = compile(source, example.path, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-    if not code.co_flags & inspect.CO_COROUTINE:
-        exec(code, example.namespace)  # not inside the loop: it may start one of its own
+    if "asyncio.run(" in source:
+        exec(code, example.namespace)  # a whole script, which has a loop of its own
         return
 
     async def run() -> None:
-        await eval(code, example.namespace)
+        if (rest := eval(code, example.namespace)) is not None:
+            await rest
 
     runner.run(run())
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from leftovers import wait_until
-from pages import DOCS, ROOT, program_environment, save_files
+from pages import DOCS, program_environment, save_files
 
 NUM_PROMPTS = 600
 
@@ -39,8 +38,9 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(workspace: Path) -> None:
     save_files(DOCS / "recipes" / "batch.md", workspace)
     program = (workspace / "batch.py").read_text()
     model = "__import__('asyncscale').SimulatedModel(base_ms=5)"
-    assert (slow := program.replace('"smollm2-135m-instruct"', model)) != program
-    (workspace / "batch.py").write_text(slow)
+    slowed = program.replace('"smollm2-135m-instruct"', model)
+    assert slowed != program
+    (workspace / "batch.py").write_text(slowed)
     write_prompts(workspace / "prompts.jsonl")
     answers = workspace / "answers.jsonl"
 
@@ -56,14 +56,16 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(workspace: Path) -> None:
         assert resumed.stderr is not None
         progress = resumed.stderr.read().decode()
     assert resumed.returncode == 0, progress
-    assert f"{num_kept}/{NUM_PROMPTS}" in progress and f"{NUM_PROMPTS}/{NUM_PROMPTS}" in progress
+    assert f"{num_kept}/{NUM_PROMPTS}" in progress
+    assert f"{NUM_PROMPTS}/{NUM_PROMPTS}" in progress
     assert answers.read_bytes().startswith(torn[: torn.rindex(b"\n")])
 
     with start(workspace, "whole.jsonl") as whole:
         whole.communicate()
     assert read(answers) == read(workspace / "whole.jsonl")
     assert read(answers).keys() == set(range(1, NUM_PROMPTS + 1))
-    assert read(answers)[7].startswith("JSONDecodeError") and read(answers)[8].startswith("ValueError")
+    assert read(answers)[7].startswith("JSONDecodeError")
+    assert read(answers)[8].startswith("ValueError")
 
 
 def test_a_batch_that_is_done_starts_nothing_anew(workspace: Path) -> None:
