@@ -31,60 +31,64 @@ _FILE_NAME = re.compile(r"# (\w+\.py)\n")
 _SHELL_TIMEOUT_S = 60
 
 
-def run_page(page: Path) -> int:
-    """Run a page's code in the current folder, and return how many blocks it has. Tracebacks name the page's lines."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        document = _parse(page, runner)
-        document.namespace["__name__"] = "__main__"
-        examples = list(document)
-        try:
-            for example in examples:
-                example.evaluate()
-        except BaseException:
-            runner.run(_close_clients(document.namespace))  # else what is left running hides why
-            raise
-    return len(examples)
+class OpenPage:
+    """A page's code, to be run block by block in an event loop that is closed with it."""
+
+    def __init__(self, page: Path) -> None:
+        self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        document = Document.parse(
+            str(page), CodeBlockParser("python", self._run_python), CodeBlockParser("sh", _run_shell)
+        )
+        self.namespace = document.namespace
+        self.namespace["__name__"] = "__main__"
+        self.blocks = list(document)
+
+    def __enter__(self) -> OpenPage:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self.runner.run(_close_clients(self.namespace))  # else what is left running hides why
+        self.runner.close()
+
+    def _run_python(self, block: Example) -> None:
+        """Tracebacks name the page's lines."""
+        if _save(block.parsed, Path.cwd()):
+            return
+        source = "\n" * (block.line + block.parsed.line_offset) + block.parsed
+        code = compile(source, block.path, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        if "asyncio.run(" in source:
+            exec(code, block.namespace)  # a whole script, which has a loop of its own
+            return
+
+        async def run() -> None:
+            if (rest := eval(code, block.namespace)) is not None:
+                await rest
+
+        self.runner.run(run())
+
+
+def run_page(page: Path) -> None:
+    """Run a page's code in the current folder."""
+    with OpenPage(page) as opened:
+        for block in opened.blocks:
+            block.evaluate()
 
 
 def save_files(page: Path, folder: Path) -> None:
     """Save the files that a page shows, and run nothing."""
-    for example in _parse(page, None):
-        _save(str(example.parsed), folder)
+    for block in blocks(page, "python"):
+        _save(block, folder)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [block.parsed for block in Document.parse(str(page), CodeBlockParser(language, _run_shell))]
 
 
 def program_environment() -> dict[str, str]:
     """For programs of the pages: they find this interpreter and the library, installed or not."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-
-
-def shell_lines(page: Path) -> list[str]:
-    """The lines of a page's ``sh`` blocks."""
-    document = Document.parse(str(page), CodeBlockParser("sh", _run_shell))
-    return [line for example in document for line in str(example.parsed).splitlines()]
-
-
-def _parse(page: Path, runner: asyncio.Runner | None) -> Document:
-    def run_python(example: Example) -> None:
-        if runner is not None and not _save(str(example.parsed), Path.cwd()):
-            _run_python(example, runner)
-
-    return Document.parse(str(page), CodeBlockParser("python", run_python), CodeBlockParser("sh", _run_shell))
-
-
-def _run_python(example: Example, runner: asyncio.Runner) -> None:
-    first_line = example.line + example.parsed.line_offset
-    source = "\n" * first_line + example.parsed
-    code = compile(source, example.path, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-    if "asyncio.run(" in source:
-        exec(code, example.namespace)  # a whole script, which has a loop of its own
-        return
-
-    async def run() -> None:
-        if (rest := eval(code, example.namespace)) is not None:
-            await rest
-
-    runner.run(run())
 
 
 async def _close_clients(namespace: dict[str, object]) -> None:
