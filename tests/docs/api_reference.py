@@ -1,6 +1,6 @@
 """Writes the API reference out of signatures and docstrings::
 
-    python tests/docs/api_reference.py
+    PYTHONPATH=. python tests/docs/api_reference.py
 
 Signatures are fenced as ``py`` and docstrings' examples as ``python``: the latter are run by the tests.
 """
@@ -11,7 +11,6 @@ import ast
 import contextlib
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -20,13 +19,9 @@ from typing import Any
 
 import msgspec
 
-ROOT = Path(__file__).parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
 from asyncscale import AsyncScaleError, errors
 
-PAGE = ROOT / "asyncscale" / "docs" / "api.md"
+PAGE = Path(__file__).parents[2] / "asyncscale" / "docs" / "api.md"
 
 # Public modules, and what is documented there besides their __all__.
 MODULES: dict[str, tuple[str, ...]] = {
@@ -173,7 +168,7 @@ def _docstring(documented: object) -> str:
         # A line of its own for each name that is explained: markdown would let them flow into each other.
         named = re.compile(rf"(?:^|(?<=[.;)]) )({name}(?:, {name})*): ", re.MULTILINE)
         text = named.sub(_list_item, text)
-    return _LITERAL.sub(_fence, text.replace("\nRaises", "\n\nRaises")).strip()
+    return _LITERAL.sub(_fence, re.sub(r"(?<!\n)\nRaises", "\n\nRaises", text)).strip()
 
 
 def _names(documented: object) -> set[str]:

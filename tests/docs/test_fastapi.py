@@ -104,7 +104,7 @@ def test_a_reader_that_disconnects_frees_its_slot(serve: Serve, stream: bool) ->
         if stream:
             with http.stream("POST", "/generate", json=endless) as response:
                 assert next(events(response.iter_lines()))
-                assert in_flight(http) == 1
+                wait_until(lambda: in_flight(http) == 1, "the other worker knows of it")
         else:
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/generate", json=endless, timeout=0.5)
@@ -121,6 +121,6 @@ def test_a_full_service_says_when_to_come_again(serve: Serve) -> None:
                 if response.status_code != 200:
                     break
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
-            assert in_flight(http) >= 2
+            wait_until(lambda: in_flight(http) >= 2, "the other worker knows of it")
         wait_until(lambda: in_flight(http) == 0, "the engine has no request")
         assert http.post("/generate", json=endless | {"max_tokens": 2, "stream": False}).status_code == 200
