@@ -141,7 +141,8 @@ class Generation:
             raise not_on_its_loop(f"request {self.request_id!r}", self._loop)
 
     def __del__(self) -> None:
-        _abort_unread(self._loop, self._stream, self._abort)
+        if not self._stream.done:  # when the interpreter ends, functions may go before this does
+            _abort_unread(self._loop, self._stream, self._abort)
 
 
 class Reader(ABC):
@@ -177,7 +178,8 @@ class Reader(ABC):
 
     def __del__(self) -> None:
         generation = self._generation
-        _abort_unread(generation._loop, generation._stream, generation._abort)
+        if not generation.done:
+            _abort_unread(generation._loop, generation._stream, generation._abort)
 
 
 class _ChoiceReader(Reader):
@@ -238,7 +240,7 @@ def _abort_unread(
     loop: asyncio.AbstractEventLoop, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]
 ) -> None:
     """End a request whose reader went away. May run in any thread: wherever the garbage collector does."""
-    if stream.done or loop.is_closed():
+    if loop.is_closed():
         return
     error = RequestAbortedError(f"request {stream.request_id!r} was left before its end")
     if asyncio._get_running_loop() is loop:
