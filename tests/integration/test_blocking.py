@@ -138,23 +138,20 @@ def test_several_threads_may_read_one_request_and_each_sees_all_of_it(client: As
     assert texts == {generation.result().text}
 
 
-def test_tokens_that_have_arrived_cross_threads_in_one_go(
-    client: AsyncScaleClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    background, waits = client._background, SimpleQueue[None]()
-    assert background is not None
-    submit = background.submit
+class CountedQueue(SimpleQueue[Any]):
+    num_waits = 0
 
-    def counted(coroutine: Any) -> Any:
-        waits.put(None)
-        return submit(coroutine)
+    def get(self, *arguments: Any, **options: Any) -> Any:
+        CountedQueue.num_waits += self.empty()
+        return super().get(*arguments, **options)
 
-    monkeypatch.setattr(background, "submit", counted)
+
+def test_tokens_that_have_arrived_cost_no_wake_up(client: AsyncScaleClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncscale.blocking.generation.SimpleQueue", CountedQueue)
     generation = client.generate("hello", max_tokens=1000, ignore_eos=True)
     generation.result()
-    assert waits.qsize() == 1
     assert sum(1 for _ in generation) == 1000
-    assert waits.qsize() == 3  # the completion, all tokens, and that there are no more
+    assert CountedQueue.num_waits <= 2  # for all of them, and for the end
 
 
 async def test_it_works_in_a_thread_that_runs_an_event_loop(client: AsyncScaleClient) -> None:
@@ -162,6 +159,25 @@ async def test_it_works_in_a_thread_that_runs_an_event_loop(client: AsyncScaleCl
     assert len(list(generation)) == 5
     completion = await asyncio.wrap_future(client.generate("hello", max_tokens=5, ignore_eos=True).future())
     assert len(completion.token_ids) == 5
+
+
+def test_its_own_thread_is_refused_rather_than_left_waiting_for_itself(client: AsyncScaleClient) -> None:
+    errors: SimpleQueue[BaseException | None] = SimpleQueue()
+    other = client.generate("hello", **LONG)
+
+    def wait(_: object) -> None:
+        for read in (other.result, lambda: list(other), lambda: client.submit("x")):
+            try:
+                read()
+                errors.put(None)
+            except BaseException as error:
+                errors.put(error)
+
+    client.generate("hello", max_tokens=1).future().add_done_callback(wait)
+    for _ in range(3):
+        error = errors.get(timeout=5)
+        assert isinstance(error, ClientStateError)
+        assert "own thread" in str(error)
 
 
 # --- ends
