@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import inspect
 import os
 import signal
@@ -273,6 +274,19 @@ def test_use_before_start_after_close_and_twice_names_the_cure() -> None:
     assert list(client.watch_loads()) == []
 
 
+def test_a_request_taken_for_its_completion_says_what_to_write() -> None:
+    with AsyncScaleClient(FAST, num_engines=1) as client:
+        generation = client.generate("hello", max_tokens=5, ignore_eos=True)
+        with pytest.raises(AttributeError, match=r"Write `generation\.result\(\)\.text`"):
+            generation.text  # type: ignore[attr-defined]  # noqa: B018
+        assert "`.result()` waits for all of it, `for` reads it" in str(generation)
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copy.copy(generation)
+        assert len(generation.result().token_ids) == 5
+    with pytest.raises(ClientClosedError, match="leaving `with` does that"):
+        client.generate("x")
+
+
 def test_a_start_that_fails_leaves_nothing() -> None:
     with pytest.raises(asyncscale.ModelLoadError, match="no-such-model"):
         AsyncScaleClient("no-such-model").start()
@@ -377,6 +391,6 @@ client.close()
     assert_prints("True\n3\n3\n", path)
 
 
-def test_the_command_line_of_readme_needs_no_event_loop(workspace: Path) -> None:
+def test_a_program_that_closes_it_is_quiet_with_all_warnings_as_errors(workspace: Path) -> None:
     done = run("-W", "error", blocking_script(workspace, "with AsyncScaleClient(FAST) as client: print(client)\n"))
     assert (done.returncode, done.stderr) == (0, "")
