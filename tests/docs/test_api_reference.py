@@ -14,6 +14,7 @@ from pages import OpenPage
 
 import asyncscale
 import asyncscale.blocking
+import asyncscale.testing
 
 MODEL = asyncscale.SimulatedModel()
 
@@ -39,6 +40,8 @@ def test_the_examples_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> N
                 generations = [blocking.generate(prompt) for prompt in names["prompts"]]
                 page.namespace |= vars(asyncscale.blocking) | {"client": blocking}
                 page.namespace |= {"generations": generations, "generation": generations[0]}
+            if section == "## asyncscale.testing":
+                page.namespace |= {name: getattr(asyncscale.testing, name) for name in asyncscale.testing.__all__}
             block.evaluate()
         assert len(page.blocks) > 15
 
