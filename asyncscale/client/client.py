@@ -37,6 +37,7 @@ from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.cpus import usable_cpus
 from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.memory import available_memory
+from asyncscale.metrics.snapshot import Counts, Metrics
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
@@ -361,6 +362,31 @@ class AsyncScaleClient:
         """
         self._life.check_usable()
         return self._engines.roster.health()
+
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted: requests, tokens, latencies. Asks nobody; from any thread.
+
+        ::
+
+            client.metrics().engines[0].generation_tokens           # the newest that this client knows
+            metrics = await client.metrics()                        # of this moment, the same from every client
+            metrics.requests.time_to_first_token_seconds.quantile(0.99)
+
+        See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
+        Raises ClientStateError.
+        """
+        if self._life.state is not State.RUNNING:
+            raise wrong_state(self._life.state, "use")
+        return self._as_metrics(self._engines.counts())
+
+    def _as_metrics(self, counts: Counts) -> Metrics:
+        model = self._engines.model
+        name = model.name if isinstance(model, CheckpointFiles) else "simulated"
+        return Metrics(name, self._dispatcher.counters.client_id, counts, self._fresh_metrics)
+
+    async def _fresh_metrics(self) -> Metrics:
+        self._life.check_usable()
+        return self._as_metrics(await self._engines.fresh_counts())
 
     @property
     def num_malformed(self) -> int:

@@ -61,6 +61,7 @@ class Scheduler:
         self.pool = BlockPool(num_blocks)
         self.prefix_queries = 0  # tokens looked up, and of them found, in the prefix cache at first admission
         self.prefix_hits = 0
+        self.num_preemptions = 0
         self.listeners: Sequence[RowListener] = ()
         self.drafter: Drafter | None = None
         self._config = config
@@ -374,5 +375,6 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         request.token_ids = self.table.token_ids[request.row, : self.table.num_tokens[request.row]].copy()
         request.num_preemptions += 1
+        self.num_preemptions += 1
         self._vacate(request)
         self._waiting.push(request)
