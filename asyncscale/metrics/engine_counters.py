@@ -68,7 +68,6 @@ class EngineCounters:
         """What these have counted since the engine's start, and the KV cache of now."""
         cells, pool = self._cells, scheduler.pool
         cells[_USAGE] = FRACTION * (pool.num_blocks - pool.num_free) // pool.num_blocks
-        cells[_PREEMPTIONS] = scheduler.num_preemptions
         cells[_QUERIES] = scheduler.prefix_queries
         cells[_HITS] = scheduler.prefix_hits
         cells[_DRAFTED] = drafter.num_drafted
@@ -78,6 +77,10 @@ class EngineCounters:
         """A step has computed so many tokens, and made so many new ones."""
         self._cells[_GENERATION] += num_generated
         self._iteration_tokens(num_tokens)
+
+    def preempted(self, count: int) -> None:
+        """So many sequences gave up their blocks."""
+        self._cells[_PREEMPTIONS] += count
 
     def prompt_computed(self, request: Request) -> None:
         """Of a sequence, for the first time."""
