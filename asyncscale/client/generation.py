@@ -122,6 +122,11 @@ class Generation:
         state = "ended" if self.done else "running"
         return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens>"
 
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.completion_card import generation_html
+
+        return generation_html(self)
+
     def __del__(self) -> None:
         _abort_unread(self._loop, self._stream, self._abort)
 
