@@ -133,6 +133,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     folder: private to the owner and its engines, for sockets and logs; it is gone when they are.
     tcp: where it listens instead of in the folder, and with which keys: so a spec goes over private pipes only.
     cpus: which it runs on; empty: on those that its owner may use.
+    log_levels: from which level on its owner wants to hear of which loggers.
     """
 
     engine_id: int
@@ -143,6 +144,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: EngineConfig
     tcp: TcpBinding | None = None
     cpus: tuple[int, ...] = ()
+    log_levels: dict[str, int] = {}
 
     @property
     def name(self) -> str:

@@ -229,7 +229,7 @@ class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
 FromEngine = Outputs | LoadReport | CallResult
 
 
-# --- from an engine process to its supervisor, over the lifeline, while it starts
+# --- between an engine process and its supervisor, over the lifeline
 
 
 class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
@@ -260,13 +260,30 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
-    """Something to tell the user, once, however many engines say it. level: of the logging module."""
+    """A record for the owner's handlers, at any time: the fields of `logging.LogRecord`.
 
+    text: the formatted message; template: before that. error: the formatted exception.
+    """
+
+    name: str
     level: int
     text: str
+    template: str
+    created: float
+    path: str
+    line: int
+    function: str
+    thread: str = ""
+    error: str | None = None
 
 
-FromStart = Loading | Ready | Failed | Logged
+FromEngineProcess = Loading | Ready | Failed | Logged
+
+
+class LogLevels(msgspec.Struct, frozen=True, array_like=True, tag="log-levels"):
+    """From the owner: from which level on it wants to hear of which loggers."""
+
+    levels: dict[str, int]
 
 
 # --- front end to the process that started it
@@ -416,7 +433,8 @@ def decode(decoder: msgspec.msgpack.Decoder[Message], payload: bytes) -> Message
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-from_start_decoder: msgspec.msgpack.Decoder[FromStart] = msgspec.msgpack.Decoder(FromStart)
+from_engine_process_decoder: msgspec.msgpack.Decoder[FromEngineProcess] = msgspec.msgpack.Decoder(FromEngineProcess)
+log_levels_decoder: msgspec.msgpack.Decoder[LogLevels] = msgspec.msgpack.Decoder(LogLevels)
 from_frontend_decoder: msgspec.msgpack.Decoder[FromFrontend] = msgspec.msgpack.Decoder(FromFrontend)
 to_coordinator_decoder: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 from_coordinator_decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)

@@ -17,6 +17,7 @@ from asyncscale.blocking.generation import Generation
 from asyncscale.blocking.signatures import arguments_of, arguments_of_method
 from asyncscale.client import client as asynchronous
 from asyncscale.client import generation as asynchronous_generation
+from asyncscale.client.misuse import caller
 from asyncscale.client.policies import EngineLoad
 from asyncscale.client.roster import EngineHealth
 from asyncscale.errors import ClientClosedError, ClientStateError
@@ -49,6 +50,7 @@ class AsyncScaleClient:
         self._background: BackgroundLoop | None = None  # once it is started
         self._starting = threading.Lock()
         self._closed = False
+        self._made_at = caller()
         self._finalizer: weakref.finalize[..., AsyncScaleClient] | None = None
 
     # --- life
@@ -66,7 +68,8 @@ class AsyncScaleClient:
         except BaseException:
             self.close(drain=False)
             raise
-        self._finalizer = weakref.finalize(self, _end, repr(self), os.getpid(), background, self._client)
+        name = f"{self!r}, made at {self._made_at}"
+        self._finalizer = weakref.finalize(self, _end, name, os.getpid(), background, self._client)
         self._finalizer.atexit = False  # the engines end then, and nothing else matters
         return self
 
@@ -201,7 +204,7 @@ class AsyncScaleClient:
 
 
 def _closed(wanted: str) -> ClientClosedError:
-    return ClientClosedError(f"cannot {wanted} the client: it is closed. Make a new one")
+    return ClientClosedError(f"cannot {wanted} the client: it is closed (leaving `with` does that). Make a new one")
 
 
 _endings: set[concurrent.futures.Future[None]] = set()
@@ -215,7 +218,8 @@ def _end(name: str, owner_pid: int, background: BackgroundLoop, client: asynchro
         ending = background.submit(_close(client, background))
         _endings.add(ending)
         ending.add_done_callback(_endings.discard)
-    warnings.warn(f"unclosed client {name}", ResourceWarning, stacklevel=3)  # where it was forgotten
+    text = f"unclosed client {name}: use `with`, or client.close()"
+    warnings.warn(text, ResourceWarning, stacklevel=3)  # where it was forgotten
 
 
 async def _close(client: asynchronous.AsyncScaleClient, _: BackgroundLoop) -> None:

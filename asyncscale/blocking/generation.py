@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -14,6 +14,7 @@ from asyncscale.client import generation as asynchronous
 from asyncscale.client.completion import Completion
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.generation import Token
+from asyncscale.client.misuse import no_attribute, stays_here
 from asyncscale.errors import ClientClosedError
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ class Generation:
     """
 
     __slots__ = ("__weakref__", "_background", "_client", "_future", "_generation", "_lock")
+
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise no_attribute(self, name, "generation.result()")
+
+        def __reduce__(self) -> NoReturn:
+            raise stays_here(self)
 
     def __init__(self, generation: asynchronous.Generation, background: BackgroundLoop, client: object) -> None:
         self._generation = generation
@@ -138,10 +147,8 @@ class Generation:
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
-        return (
-            f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: "
-            "`.result()` waits for all of it, `for` reads it>"
-        )
+        cure = "`.result()` waits for all of it, `for` reads it"
+        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: {cure}>"
 
 
 class _ReadText(msgspec.Struct, gc=False):

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import msgspec
 import zmq
@@ -25,6 +25,7 @@ from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.life import Life
+from asyncscale.client.misuse import caller
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
@@ -102,11 +103,13 @@ class AsyncScaleClient:
             raise ValueError(f'num_engines must be "auto" or an integer of at least 1, got {num_engines!r}')
         if not isinstance(model, str | os.PathLike | SimulatedModel):
             raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
+        if isinstance(model, str) and model.startswith(("ipc://", "tcp://")):
+            raise ValueError("that is the address of another client: use AsyncScaleClient.attach(address)")
         if host is not None and not isinstance(host, str):
             raise TypeError(f"host must be a string or None, got {type(host).__name__}")
         self._model = model
         self._num_engines = num_engines
-        self._config = engine_config(options)
+        self._config = engine_config(options, AsyncScaleClient.__init__.__kwdefaults__ or ())
         self._start_timeout = start_timeout
         self._max_restarts = max_restarts
         self._hang_timeout = hang_timeout
@@ -144,6 +147,7 @@ class AsyncScaleClient:
         self._attach_to = attach_to
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
         self._life = Life()
+        self._made_at = caller()
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
         self._dispatcher: Dispatcher
@@ -151,8 +155,10 @@ class AsyncScaleClient:
         # Of what the same cell of a notebook made before.
         self._closings: list[concurrent.futures.Future[None]] = []
         if "ipykernel" in sys.modules:
+            from asyncscale.notebook.interrupts import wake_at_signals
             from asyncscale.notebook.replacement import close_replaced
 
+            wake_at_signals()
             self._closings = close_replaced(self)
 
     # --- life
@@ -161,7 +167,7 @@ class AsyncScaleClient:
         """Fetch the model if need be, start the engines (or attach to them), and return when requests can be served."""
         await self._life.start(self._begin)
         loop, cleanup = asyncio.get_running_loop(), self._life.cleanup
-        finalizer = end_when_forgotten(self, loop, cleanup, self._engines, self._context)
+        finalizer = end_when_forgotten(self, loop, cleanup, self._engines, self._context, self._made_at)
         self._life.run(finalizer, partial(end_now, self._engines, self._context))
         return self
 
@@ -257,6 +263,13 @@ class AsyncScaleClient:
             await self._life.wait_closed()  # another task closes it, and perhaps lets requests finish
         else:
             await self.close(drain=False)
+
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError("AsyncScaleClient needs `async with`; synchronous programs use that of asyncscale.blocking")
+
+        def __exit__(self, *_: object) -> None: ...
 
     # --- requests
 

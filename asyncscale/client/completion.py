@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from asyncscale.messages import FinishReason
 
@@ -89,6 +89,11 @@ class Completion:
     choices: tuple[ChoiceCompletion, ...]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     timing: Timing
+
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __aiter__(self) -> NoReturn:
+            raise TypeError("a Completion is all of it: read tokens with `async for` of the call itself, without await")
 
     @property
     def text(self) -> str:

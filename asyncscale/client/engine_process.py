@@ -47,6 +47,11 @@ class EngineProcess:
     def pid(self) -> int | None:
         return self.process.pid
 
+    def tell(self, message: messages.LogLevels) -> None:
+        """Send the process a message over its lifeline."""
+        with contextlib.suppress(OSError):  # it has just ended
+            self.lifeline.send_bytes(messages.encoder.encode(message))
+
     def kill(self, verdict: str) -> None:
         """End the process now. Its exit is noticed like any other."""
         self.verdict = verdict

@@ -24,12 +24,16 @@ def end_when_forgotten(
     cleanup: AsyncExitStack,
     engines: Engines,
     context: zmq.Context[zmq.Socket[bytes]],
+    made_at: str,
 ) -> weakref.finalize[..., T]:
     """When the garbage collector takes the client, close all that it used, with a ResourceWarning. Detach to prevent.
 
+    made_at: where in the user's program the client was made.
+
     None of the arguments may refer to the client: as long as it lives, they live.
     """
-    finalizer = weakref.finalize(client, _end, repr(client), os.getpid(), loop, cleanup, engines, context)
+    name = f"{client!r}, made at {made_at}"
+    finalizer = weakref.finalize(client, _end, name, os.getpid(), loop, cleanup, engines, context)
     finalizer.atexit = False  # the engines end then, and nothing else matters
     return finalizer
 
@@ -55,7 +59,8 @@ def _end(
         end_now(engines, context)
     else:
         loop.call_soon_threadsafe(_start_cleanup, loop, cleanup)
-    warnings.warn(f"unclosed client {client}", ResourceWarning, stacklevel=3)  # where it was forgotten
+    text = f"unclosed client {client}: use `async with`, or await client.close()"
+    warnings.warn(text, ResourceWarning, stacklevel=3)  # where it was forgotten
 
 
 def _start_cleanup(loop: asyncio.AbstractEventLoop, cleanup: AsyncExitStack) -> None:

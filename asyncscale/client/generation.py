@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, NoReturn, Protocol, Self
 
 import msgspec
 
 from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.completion import Completion
 from asyncscale.client.exceptions import fresh
+from asyncscale.client.misuse import no_attribute, not_on_its_loop, stays_here
 from asyncscale.client.stream import RequestStream
 from asyncscale.errors import RequestAbortedError
 from asyncscale.messages import FinishReason
@@ -73,6 +74,17 @@ class Generation:
 
     __slots__ = ("__weakref__", "_abort", "_client", "_loop", "_stream")
 
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise no_attribute(self, name, "(await generation)")
+
+        def __iter__(self) -> NoReturn:
+            raise TypeError("a Generation is read with `async for`; synchronous programs use asyncscale.blocking")
+
+        def __reduce__(self) -> NoReturn:
+            raise stays_here(self)
+
     def __init__(
         self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None], client: object = None
     ) -> None:
@@ -109,6 +121,7 @@ class Generation:
     def __await__(self) -> Generator[object, None, Completion]:
         stream = self._stream
         while not stream.done:
+            self._check_loop()
             try:
                 yield from stream.wait_end().__await__()
             except asyncio.CancelledError:
@@ -120,7 +133,12 @@ class Generation:
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
-        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens>"
+        cure = "`await` gives all of it, `async for` reads it"
+        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: {cure}>"
+
+    def _check_loop(self) -> None:
+        if asyncio._get_running_loop() is not self._loop:
+            raise not_on_its_loop(f"request {self.request_id!r}", self._loop)
 
     def _repr_html_(self) -> str:
         from asyncscale.notebook.completion_card import generation_html
@@ -155,6 +173,7 @@ class Reader(ABC):
         if source.done:
             error = self._generation._stream.error
             raise StopAsyncIteration if error is None else fresh(error)
+        self._generation._check_loop()
         try:
             await source.wait_token()
         except asyncio.CancelledError:

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, Protocol, cast
 
+from asyncscale.client.misuse import not_on_its_loop
 from asyncscale.client.state import State, wrong_state
-from asyncscale.errors import ClientClosedError, ClientStateError
+from asyncscale.errors import ClientClosedError
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +93,7 @@ class Life:
 
     def _check_loop(self) -> None:
         if asyncio._get_running_loop() is not self.loop:
-            is_fork = os.getpid() != self._owner_pid
-            where = "by the process that this one is a fork of" if is_fork else "on another event loop"
-            raise ClientStateError(
-                f"this client was started {where}. "
-                "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
-            )
+            raise not_on_its_loop("this client", self.loop, is_fork=os.getpid() != self._owner_pid)
 
     # --- close
 

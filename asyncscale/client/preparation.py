@@ -69,7 +69,7 @@ class Preparation:
             token_ids = make_token_ids(self._encode_text(prompt) if isinstance(prompt, str) else prompt)
         except (TypeError, OverflowError):
             raise InvalidRequestError(
-                f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}"
+                f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}{_cure(prompt)}"
             ) from None
         self.check_prompt(token_ids)
         return token_ids
@@ -135,6 +135,18 @@ class Preparation:
             if token_id >= self.facts.vocab_size:
                 last = self.facts.vocab_size - 1
                 raise InvalidRequestError(f"{name} holds token id {token_id}, but the model has ids 0 to {last}")
+
+
+def _cure(prompt: object) -> str:
+    """For what somebody may well take for a prompt."""
+    if hasattr(prompt, "tolist") and not hasattr(prompt, "__array_interface__"):  # of numpy: has a wrong shape or type
+        return ": pass its .tolist()"
+    match prompt:
+        case [str() | [*_], *_]:
+            return ". One call is one prompt: `await asyncio.gather(*map(client.generate, prompts))` runs many at once"
+        case [{"role": _}, *_]:
+            return ": pass a conversation to `client.chat`"
+    return ""
 
 
 def _describe(value: object) -> str:

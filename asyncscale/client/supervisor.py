@@ -15,6 +15,7 @@ import msgspec
 from asyncscale import messages, progress, transport
 from asyncscale.address import TcpBinding
 from asyncscale.client import child_process
+from asyncscale.client.engine_logs import EngineLogs, wanted_levels
 from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.hang_detector import HangDetector
 from asyncscale.client.placement import Place
@@ -87,7 +88,8 @@ class Supervisor:
         self._timers: dict[int, asyncio.TimerHandle] = {}  # per engine that is not ready: its next start, or its limit
         self._looking: asyncio.TimerHandle | None = None
         self._starting: dict[int, asyncio.Future[None]] = {}  # engines that `wait_ready` waits for
-        self._logged: set[str] = set()
+        self._logs = EngineLogs()
+        self._log_levels = wanted_levels()
         self._loop = asyncio.get_running_loop()
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
 
@@ -122,6 +124,7 @@ class Supervisor:
             config=msgspec.structs.replace(self._launch.config, threads_per_engine=place.num_threads),
             tcp=self._launch.tcp,
             cpus=place.cpus,
+            log_levels=self._log_levels,
         )
         process, lifeline = start_process(spec.name, run_engine, spec, self.folder)
         engine = EngineProcess(spec, process, lifeline, self._loop.time())
@@ -138,22 +141,20 @@ class Supervisor:
     # --- what engines say
 
     def _on_lifeline(self, engine: EngineProcess) -> bool:
-        """Take what the engine says while it starts. Whether it may say more."""
+        """Take what the engine says while it starts, and what it logs. Whether it may say more."""
         try:
             payload = engine.lifeline.recv_bytes(_MAX_LIFELINE_BYTES)
         except (EOFError, OSError):
             self._loop.remove_reader(engine.lifeline.fileno())  # its exit follows, and tells the rest
             return False
-        match messages.decode(messages.from_start_decoder, payload):
+        match messages.decode(messages.from_engine_process_decoder, payload):
             case messages.Loading(phase, fraction):
                 self._launch.on_loading(engine.engine_id, phase, fraction)
             case messages.Ready(facts, address) if engine.facts is None:
                 engine.address = address
                 self._engine_ready(engine, facts)
-            case messages.Logged(level, text):
-                if text not in self._logged:  # by another engine
-                    self._logged.add(text)
-                    logger.log(level, "%s", text)
+            case messages.Logged() as logged:
+                self._logs.take(engine.engine_id, engine.pid, logged, starting=engine.facts is None)
             case messages.Failed() as failure:
                 engine.failure = failure  # raised when it has exited, with its exit code
         return True
@@ -169,7 +170,7 @@ class Supervisor:
             logger.warning("engine %d is back", engine.engine_id)
 
     def _on_exit(self, engine: EngineProcess) -> None:
-        while engine.facts is None and _is_readable(engine.lifeline) and self._on_lifeline(engine):
+        while _is_readable(engine.lifeline) and self._on_lifeline(engine):
             pass  # the reason may have been sent just before the exit
         self._unwatch(engine)
         if self.engines.get(engine.engine_id) is not engine:
@@ -213,12 +214,20 @@ class Supervisor:
         self._looking = self._loop.call_later(self._launch.look_interval, self._look)
 
     def _look(self) -> None:
-        """Kill the engines that hang."""
+        """Kill the engines that hang, and tell all what is to be logged when that has changed."""
+        self._follow_log_levels()
         now = self._loop.time()
         for engine in self.engines.values():
             if engine.verdict is None and engine.hangs(now):
                 engine.kill("(it hung, without progress, and was killed)")
         self._look_later()
+
+    def _follow_log_levels(self) -> None:
+        levels = wanted_levels()
+        if levels != self._log_levels:
+            self._log_levels = levels
+            for engine in self.engines.values():
+                engine.tell(messages.LogLevels(levels))
 
     # --- the end
 

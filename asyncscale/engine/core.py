@@ -167,15 +167,18 @@ class EngineCore:
         """Compute nothing, and ask for no more requests, until `resume`. Those that are here stay as they are."""
         self._paused = True
         self._set_accepting(False)
+        _log.info("paused, with %d requests", self._num_alive)
 
     def drain(self) -> None:
         """Go on with what is here, and ask for no more, until `resume`. What is sent all the same is served."""
         self._set_accepting(False)
+        _log.info("drains, with %d requests", self._num_alive)
 
     def resume(self) -> None:
         """End a pause or a drain."""
         self._paused = False
         self._set_accepting(True)
+        _log.info("resumed, with %d requests", self._num_alive)
 
     def _set_accepting(self, accepting: bool) -> None:
         if accepting != self._accepting:

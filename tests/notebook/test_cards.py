@@ -71,8 +71,6 @@ async def test_a_client_shows_itself_in_every_state() -> None:
     shown = [client._repr_html_()]
     async with client:
         generations = [client.generate("<i>x", max_tokens=1000, ignore_eos=True) for _ in range(7)]
-        async for _ in generations[0]:
-            break
         async for loads in client.watch_loads():
             if all(load.running == 2 for load in loads):
                 break
@@ -85,7 +83,7 @@ async def test_a_client_shows_itself_in_every_state() -> None:
     assert "not started" in new
     assert "await client.start()" in new
     assert running.count("2 of 2") == 2
-    assert "2 requests of this client wait for a free slot" in running
+    assert "3 requests of this client wait for a free slot" in running
     assert "await client.dashboard()" in running
     assert "ipc://" in running
     assert "running" in generation

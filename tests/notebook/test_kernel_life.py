@@ -33,6 +33,11 @@ def test_an_interrupted_start_leaves_nothing_and_the_cell_can_be_run_again(kerne
     assert len(kernel.engines()) == 2
 
 
+def test_an_interrupt_is_heard_while_nothing_happens(kernel: Kernel) -> None:
+    kernel.run("AsyncScaleClient(SimulatedModel())")
+    assert kernel.run("print('begun')\nawait asyncio.sleep(3600)", interrupt_at="begun", ok=False).error
+
+
 def test_an_interrupted_async_with_closes_its_client(kernel: Kernel) -> None:
     cell = (
         "async with AsyncScaleClient(SimulatedModel(), num_engines=1):\n    print('begun')\n    await asyncio.sleep(60)"

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 def test_there_is_a_notebook() -> None:
@@ -37,5 +37,5 @@ def test_notebook_is_kept_with_its_outputs_and_without_traces_of_a_machine(path:
     cells = nbformat.read(path, as_version=4).cells
     assert all(cell.outputs for cell in cells if cell.cell_type == "code" and "print" in cell.source)
     text = path.read_text(encoding="utf8")
-    for folder in (Path.home(), path.parent.parent):
+    for folder in (Path.home(), path.parents[1]):
         assert f"{folder}/" not in text
