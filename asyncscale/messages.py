@@ -81,7 +81,7 @@ def fair_share(capacity: int, client: bytes, clients: Collection[bytes]) -> int:
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What an engine learned while it loaded its model."""
+    """What an engine learned while it loaded its model. pid: of its process, on its host."""
 
     vocab_size: Positive
     max_model_len: Positive
@@ -90,6 +90,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     num_blocks: Positive
     dtype: str
     load_s: float
+    pid: Positive | None = None
 
 
 # --- client to engine

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 import msgspec
 import zmq
@@ -40,6 +40,7 @@ from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.cpus import usable_cpus
 from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.memory import available_memory
+from asyncscale.messages import EngineFacts
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
@@ -126,7 +127,7 @@ class AsyncScaleClient:
         restart_timeout: float = 60.0,
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
-    ) -> AsyncScaleClient:
+    ) -> Self:
         """A client of engines that another process owns: `address` is that client's `address`.
 
         ::
@@ -208,7 +209,7 @@ class AsyncScaleClient:
             self._use(OwnedEngines(self._context, launch, self._dispatcher))
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
-                    codec = group.create_task(asyncio.to_thread(load_codec, source))
+                    codec = group.create_task(self._load_codec(source))
                     group.create_task(self._engines.start())
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
@@ -229,7 +230,7 @@ class AsyncScaleClient:
     async def _start_attached(self, address: str) -> None:
         self._use(AttachedEngines(self._context, self._identity, address, self._dispatcher))
         await self._engines.start()
-        await self._connect(await asyncio.to_thread(load_codec, self._engines.model))
+        await self._connect(await self._load_codec(self._engines.model))
         logger.debug("attached to %d engines at %s", len(self._engines.roster.members), shown(address))
 
     def _use(self, engines: Engines) -> None:
@@ -237,10 +238,16 @@ class AsyncScaleClient:
         self._life.cleanup.push_async_callback(engines.stop)
         self._life.cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
 
+    async def _load_codec(self, source: ModelSource) -> TextCodec:
+        return await asyncio.to_thread(load_codec, source)
+
     async def _connect(self, codec: TextCodec) -> None:
         await self._dispatcher.wait_engine()  # one that was ready may have died since
         facts = self._engines.roster.members[0].facts
-        self._submission = Submission(Preparation(codec, facts), self._dispatcher)
+        self._submission = Submission(self._make_preparation(codec, facts), self._dispatcher)
+
+    def _make_preparation(self, codec: TextCodec, facts: EngineFacts) -> Preparation:
+        return Preparation(codec, facts)
 
     async def close(self, drain: bool = True, timeout: float | None = 60.0) -> None:
         """End the client and, if it owns them, its engines.

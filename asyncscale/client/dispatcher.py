@@ -69,6 +69,11 @@ class Dispatcher:
         return self._fleet.engine_ids
 
     @property
+    def connections(self) -> tuple[EngineConnection, ...]:
+        """To the engines that take requests."""
+        return tuple(self._fleet[engine_id] for engine_id in self._fleet)
+
+    @property
     def last_death(self) -> EngineDeadError | None:
         return self._fleet.last_death
 
@@ -400,9 +405,13 @@ class Dispatcher:
             self._load_watcher(engine_id, report)
         self.report(engine_id, report.load)
 
-    def close(self, error: Exception) -> None:
-        """End every request with `error`, tell the engines that this client leaves, and close the sockets."""
+    def abort_all(self, error: Exception) -> None:
+        """End every request with `error`."""
         for request in self._live:
             self.abort(request, error)
+
+    def close(self, error: Exception) -> None:
+        """End every request with `error`, tell the engines that this client leaves, and close the sockets."""
+        self.abort_all(error)
         self._fleet.close(error)
         self._notify_loads()

@@ -146,7 +146,11 @@ class Generation:
         return generation_html(self)
 
     def __del__(self) -> None:
-        _abort_unread(self._loop, self._stream, self._abort)
+        _abort_unread(self._loop, self._stream, self._abort, ForgottenError)
+
+
+class ForgottenError(RequestAbortedError):
+    """Nobody has read the request, and nobody can any more: so nobody sees this, but whoever looks at its stream."""
 
 
 class Reader(ABC):
@@ -240,12 +244,15 @@ def _token(choice: ChoiceStream, index: int) -> Token:
 
 
 def _abort_unread(
-    loop: asyncio.AbstractEventLoop, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]
+    loop: asyncio.AbstractEventLoop,
+    stream: RequestStream,
+    abort: Callable[[RequestStream, Exception], None],
+    kind: type[RequestAbortedError] = RequestAbortedError,
 ) -> None:
     """End a request whose reader went away. May run in any thread: wherever the garbage collector does."""
     if stream.done or loop.is_closed():
         return
-    error = RequestAbortedError(f"request {stream.request_id!r} was left before its end")
+    error = kind(f"request {stream.request_id!r} was left before its end")
     if asyncio._get_running_loop() is loop:
         abort(stream, error)
     else:

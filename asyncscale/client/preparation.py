@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -56,12 +56,20 @@ class RequestOptions:
             raise InvalidRequestError(f"session must be a string, got {self.session!r}")
 
 
+def _draw_seed() -> int:
+    return random.getrandbits(64)
+
+
 @dataclass(frozen=True)
 class Preparation:
-    """What a client needs to know of model and engines to check a request without asking them."""
+    """What a client needs to know of model and engines to check a request without asking them.
+
+    draw_seed: gives a request that has no seed one of 64 bits.
+    """
 
     codec: TextCodec
     facts: EngineFacts
+    draw_seed: Callable[[], int] = _draw_seed
 
     def encode_prompt(self, prompt: Prompt) -> array[int]:
         """Token ids of a prompt, at least one, int32, the caller's no more. Raises InvalidRequestError."""
@@ -122,7 +130,7 @@ class Preparation:
             repetition_penalty=float(params.default("repetition_penalty", defaults)),
             presence_penalty=float(params.presence_penalty),
             frequency_penalty=float(params.frequency_penalty),
-            seed=random.getrandbits(64) if params.seed is None else params.seed & _UINT64,
+            seed=self.draw_seed() if params.seed is None else params.seed & _UINT64,
             stop_token_ids=tuple(sorted(stop_token_ids)),
             bad_words_token_ids=bad_words,
             logit_bias=tuple((int(token_id), float(value)) for token_id, value in bias.items()),

@@ -18,7 +18,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     state: "ready" takes requests; "restarting" died and is being started again; "dead" died too often, and stays so.
     restarts: how often it was started again. last_error: how it died last, in a sentence, None while it has not.
     last_step_age: seconds since it last completed a step; None when it has not yet, is not ready, or is on another
-    host.
+    host. pid: of its process, on its host; None while there is none.
     """
 
     engine_id: int
@@ -26,6 +26,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     last_error: str | None
     last_step_age: float | None
+    pid: int | None = None
 
 
 class Roster:
@@ -111,6 +112,7 @@ class Roster:
                 restarts=member.incarnation,
                 last_error=member.last_error,
                 last_step_age=_last_step_age(member.progress_path),
+                pid=member.facts.pid,
             )
         left = self._left[engine_id]
         return EngineHealth(

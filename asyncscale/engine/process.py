@@ -67,6 +67,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             num_blocks=runner.num_blocks,
             dtype=runner.dtype,
             load_s=time.monotonic() - started,
+            pid=os.getpid(),
         )
         context = transport.make_context()
         socket = transport.bind_router(
