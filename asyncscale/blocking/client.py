@@ -157,7 +157,9 @@ class AsyncScaleClient:
     def watch_loads(self) -> Iterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 
-            for loads in client.watch_loads(): ...
+            for loads in client.watch_loads():
+                if not any(load.waiting for load in loads):
+                    break
 
         Ends when the client is closed.
         """

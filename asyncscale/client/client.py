@@ -408,7 +408,9 @@ class AsyncScaleClient:
     async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 
-            async for loads in client.watch_loads(): ...
+            async for loads in client.watch_loads():
+                if not any(load.waiting for load in loads):
+                    break
 
         Ends when the client is closed.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -21,6 +22,8 @@ from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest
 from asyncscale.client.router import Router
 from asyncscale.client.stream import RequestStream
 from asyncscale.errors import EngineDeadError
+
+logger = logging.getLogger(__name__)
 
 # The running mean of how many tokens requests make: where it begins, and how much the newest request counts.
 _FIRST_MEAN_OUTPUT_TOKENS = 256.0
@@ -106,7 +109,14 @@ class Dispatcher:
         if connection is not None:
             self._router.leave(error.engine_id)
             last_step_began = connection.last_step_began
-            for request in self._live.aboard(error.engine_id):
+            aboard = self._live.aboard(error.engine_id)
+            logger.info(
+                "engine %d had %d requests of this client, which go on elsewhere",
+                error.engine_id,
+                len(aboard),
+                extra={"engine_id": error.engine_id},
+            )
+            for request in aboard:
                 self._rescue(request, error, was_aboard=request.sent_at < last_step_began)
         self._fail_hopeless()
         self._dispatch_held()

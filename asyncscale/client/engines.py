@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -27,6 +28,8 @@ from asyncscale.client.roster import Roster
 from asyncscale.client.supervisor import Launch, Supervisor
 from asyncscale.config import ModelSource
 from asyncscale.errors import AsyncScaleError, ClientClosedError, EngineError
+
+logger = logging.getLogger(__name__)
 
 # An owner that is there answers within milliseconds, unless its event loop is blocked by user code.
 _ATTACH_TIMEOUT_S = 10.0
@@ -228,7 +231,7 @@ class AttachedEngines:
                 if future is not None and not future.done():
                     future.set_result(results)
             case messages.Farewell():
-                self._owner_left("its owner closed")
+                self._owner_left("its owner closed", logging.INFO)
 
     def _on_welcome(self, welcome: messages.Welcome) -> None:
         """The first one starts the client; a later one stands for all the messages that it missed."""
@@ -253,7 +256,7 @@ class AttachedEngines:
             case "disconnected" if self._let_in:
                 pass  # "unreachable" follows what has arrived before
             case "refused" | "disconnected" | "unreachable" if self._welcome.done():
-                self._owner_left("its owner died")
+                self._owner_left("its owner died", logging.ERROR)
             case "refused" | "disconnected":
                 self._end(
                     AsyncScaleError(
@@ -273,7 +276,7 @@ class AttachedEngines:
         if self._ended is not None:
             return
         if not transport.is_listening(self.address):
-            self._owner_left("its owner died")
+            self._owner_left("its owner died", logging.ERROR)
             return
         self._disconnect()
         self._fail_calls(AsyncScaleError("the connection to the owner was lost before it answered"))
@@ -286,7 +289,9 @@ class AttachedEngines:
         if engine_id in self.roster and self.roster[engine_id].incarnation == incarnation:
             self.roster.leave(messages.Left(engine_id, incarnation, f"engine {engine_id} died", None, returns=True))
 
-    def _owner_left(self, reason: str) -> None:
+    def _owner_left(self, reason: str, level: int) -> None:
+        if self._ended is None:
+            logger.log(level, "all engines ended: %s", reason)
         self.roster.leave_all(reason)
         self._end(AsyncScaleError(f"the engines ended: {reason}"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Literal
 
@@ -10,6 +11,8 @@ import msgspec
 from asyncscale import messages, progress
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.errors import EngineDeadError
+
+logger = logging.getLogger(__name__)
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,13 +70,20 @@ class Roster:
 
     def leave(self, left: messages.Left) -> bool:
         """An engine died, or one that had died is given up. Whether that is news."""
-        known = self._members.get(left.engine_id) or self._left.get(left.engine_id)
+        member, before = self._members.get(left.engine_id), self._left.get(left.engine_id)
+        known = member or before
         if known is not None and left.incarnation < known.incarnation:
             return False
+        is_given_up = before is not None and before.returns and not left.returns
+        if member is not None or is_given_up:
+            logger.error("%s", dead_error(left), extra={"engine_id": left.engine_id})
+        self._leave(left)
+        return True
+
+    def _leave(self, left: messages.Left) -> None:
         self._members.pop(left.engine_id, None)
         self._left[left.engine_id] = left
         self._dispatcher.leave(dead_error(left), returns=left.returns)
-        return True
 
     def replace(self, members: list[messages.Member], left: list[messages.Left]) -> None:
         """This is how it is, whatever was known before."""
@@ -90,13 +100,13 @@ class Roster:
                 self.join(member)
 
     def leave_all(self, reason: str) -> None:
-        """All engines are gone for good."""
+        """All engines are gone for good, as is to be expected when their owner is."""
         for member in self.members:
             reason_here = f"engine {member.engine_id} ended: {reason}"
-            self.leave(messages.Left(member.engine_id, member.incarnation, reason_here, None))
+            self._leave(messages.Left(member.engine_id, member.incarnation, reason_here, None))
         for left in self.left:
             if left.returns:
-                self.leave(msgspec.structs.replace(left, returns=False))
+                self._leave(msgspec.structs.replace(left, returns=False))
 
     def health(self) -> tuple[EngineHealth, ...]:
         """Every engine's, in order."""

@@ -63,7 +63,7 @@ class Launch:
 
     @property
     def look_interval(self) -> float:
-        """Seconds between looks at the engines' progress."""
+        """Seconds between looks at the engines' progress, and at the log levels of this process."""
         return max((self.hang_timeout or 0.0) / _LOOKS_PER_TIMEOUT, _LEAST_LOOK_INTERVAL_S)
 
 
@@ -164,10 +164,17 @@ class Supervisor:
         engine.ready_at = self._loop.time()
         self._cancel_timer(engine.engine_id)
         engine.remove_traces_of_predecessor()
+        logger.log(
+            logging.WARNING if engine.spec.incarnation else logging.DEBUG,
+            "engine %d is ready%s: process %s, model loaded in %.1f s",
+            engine.engine_id,
+            " again" if engine.spec.incarnation else "",
+            engine.pid,
+            facts.load_s,
+            extra={"engine_id": engine.engine_id},
+        )
         self._on_ready(engine, facts, self._last_errors.get(engine.engine_id))
         _resolve(self._starting.get(engine.engine_id), None)
-        if engine.spec.incarnation:
-            logger.warning("engine %d is back", engine.engine_id)
 
     def _on_exit(self, engine: EngineProcess) -> None:
         while _is_readable(engine.lifeline) and self._on_lifeline(engine):
@@ -197,10 +204,19 @@ class Supervisor:
         delay = self._histories[engine_id].died(now - ready_at, ready_at - engine.started_at)
         if delay is None and self._launch.max_restarts:
             error.args = (f"{error.args[0]}; it is given up after {self._launch.max_restarts} restarts in a row",)
+        if engine.facts is None:  # else whoever had heard that it was there says so
+            logger.warning("%s", error, extra={"engine_id": engine_id})
         self._on_death(engine, error, delay is not None)
         if delay is not None:
             restart = self._loop.call_later(delay, self._restart, engine_id, engine.spec.incarnation + 1)
             self._timers[engine_id] = restart
+            logger.info(
+                "engine %d is started again in %.1f s (restart %d)",
+                engine_id,
+                delay,
+                engine.spec.incarnation + 1,
+                extra={"engine_id": engine_id},
+            )
 
     def _restart(self, engine_id: int, incarnation: int) -> None:
         self._timers[engine_id] = self._loop.call_later(self._launch.timeout, self._end_slow, engine_id)

@@ -16,6 +16,7 @@ from asyncscale.engine.admission import choice_ids, find_defect, make_choices
 from asyncscale.engine.batch import Batch, StepResult
 from asyncscale.engine.drafting import Drafter
 from asyncscale.engine.outbox import Outbox
+from asyncscale.engine.preemption_watch import PreemptionWatch
 from asyncscale.engine.quota import Quota
 from asyncscale.engine.request import Request
 from asyncscale.engine.runner import Runner
@@ -65,6 +66,7 @@ class EngineCore:
         self._quota = Quota()
         self._weights: dict[bytes, int] = {}  # of requests alive, by client
         self._num_arrived = 0
+        self._preemptions = PreemptionWatch()
         self._paused = False
         self._accepting = True
         self.load_version = 0
@@ -120,7 +122,10 @@ class EngineCore:
 
     def drop_client(self, client: bytes) -> None:
         """The client is gone: abort all that it sent."""
-        self.abort(client, self._clients.get(client, ()))
+        request_ids = self._clients.get(client, ())
+        if request_ids:
+            _log.debug("client %s is gone: %d of its requests are aborted", client.hex(), len(request_ids))
+        self.abort(client, request_ids)
         self._outbox.discard(client)
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> dict[bytes, Outputs]:
@@ -137,6 +142,8 @@ class EngineCore:
         schedule = self._scheduler.schedule(self._clock())
         if self._scheduler.num_running != num_running:
             self.load_version += 1
+        if schedule.preempted:
+            self._preemptions.add(len(schedule.preempted), self._clock())
         for request, error in schedule.failed:
             self._finish(request, "error", error=error)
         if schedule.batch is not None:
@@ -172,7 +179,7 @@ class EngineCore:
     def drain(self) -> None:
         """Go on with what is here, and ask for no more, until `resume`. What is sent all the same is served."""
         self._set_accepting(False)
-        _log.info("drains, with %d requests", self._num_alive)
+        _log.debug("drains, with %d requests", self._num_alive)  # as at the end of every owner
 
     def resume(self) -> None:
         """End a pause or a drain."""
@@ -286,6 +293,8 @@ class EngineCore:
             del self._weights[request.client]
             self._outbox.forget(request.client)
         self.load_version += 1
+        if not self._num_alive and not self._accepting:
+            _log.debug("drained: no requests are left")
         siblings = list(filter(self._is_alive, request.siblings))
         if siblings:
             self._queue_with_siblings(siblings)

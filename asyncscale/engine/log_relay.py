@@ -12,8 +12,11 @@ from asyncscale import messages
 
 ROOT = "asyncscale"
 
-# Of one record, so that a pipe with any room takes it whole.
+# Of one record, in bytes of UTF-8. All of it must be less than 16,384: the lifeline sends that in one piece, so that a
+# pipe with any room takes it whole, and an engine that is stopped midway leaves no half whose rest its owner waits for.
 _MAX_TEXT = 6000
+_MAX_ERROR = 6000
+_MAX_NAME = 500
 
 
 class LogRelay(logging.Handler):
@@ -71,17 +74,24 @@ def _message(record: logging.LogRecord) -> messages.Logged:
     if error is None and record.exc_info:
         error = "".join(traceback.format_exception(*record.exc_info)).rstrip()
     return messages.Logged(
-        name=record.name,
+        name=_shortened(record.name, _MAX_NAME),
         level=record.levelno,
-        text=record.getMessage()[:_MAX_TEXT],
-        template=str(record.msg)[:_MAX_TEXT],
+        text=_shortened(record.getMessage(), _MAX_TEXT),
+        template=_shortened(str(record.msg), _MAX_NAME),
         created=record.created,
-        path=record.pathname,
+        path=_shortened(record.pathname, _MAX_NAME),
         line=record.lineno,
-        function=record.funcName or "",
-        thread=record.threadName or "",
-        error=error and error[-_MAX_TEXT:],
+        function=_shortened(record.funcName or "", _MAX_NAME),
+        thread=_shortened(record.threadName or "", _MAX_NAME),
+        error=error and _shortened(error, _MAX_ERROR, keeps_end=True),
     )
+
+
+def _shortened(text: str, max_bytes: int, *, keeps_end: bool = False) -> str:
+    """What of it fits, and can be encoded; of a traceback the end, which says most."""
+    encoded = text.encode("utf8", errors="backslashreplace")
+    kept = encoded[-max_bytes:] if keeps_end else encoded[:max_bytes]
+    return kept.decode(errors="ignore")
 
 
 def _lost(record: logging.LogRecord, count: int) -> messages.Logged:

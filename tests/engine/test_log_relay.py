@@ -68,12 +68,21 @@ def test_an_owner_that_does_not_read_is_never_waited_for_and_told_what_it_missed
     assert after.text == "after"
 
 
-def test_long_records_are_cut(pipe: tuple[Connection, Connection], logger: logging.Logger) -> None:
+@pytest.mark.parametrize("letter", ["x", "\N{GRINNING FACE}"])
+def test_long_records_are_cut(pipe: tuple[Connection, Connection], logger: logging.Logger, letter: str) -> None:
     try:
-        raise LookupError("y" * 2**20)
+        raise LookupError(letter * 2**20)
     except LookupError:
-        logger.exception("x" * 2**20)
-    assert len(pipe[0].recv_bytes()) < 2**15
+        logger.exception(letter * 2**20)
+    assert len(pipe[0].recv_bytes()) < 2**14  # in one piece
+
+
+def test_text_that_is_no_unicode_arrives_all_the_same(
+    pipe: tuple[Connection, Connection], logger: logging.Logger
+) -> None:
+    logger.error("cannot read %s", b"caf\xe9".decode(errors="surrogateescape"))
+    [record] = received(pipe[0])
+    assert record.text == "cannot read caf\\udce9"
 
 
 def test_levels_are_those_that_the_owner_said_last(pipe: tuple[Connection, Connection]) -> None:

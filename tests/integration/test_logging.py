@@ -43,6 +43,14 @@ async def wait_records(caplog: pytest.LogCaptureFixture, wanted: set[str]) -> li
     return [record for record in caplog.records if record.getMessage() in wanted]
 
 
+async def wait_state(client: AsyncScaleClient, state: str) -> None:
+    """Return when all its engines are in this state."""
+    async with asyncio.timeout(10):
+        async for _ in client.watch_loads():
+            if {engine.state for engine in client.health()} == {state}:
+                return
+
+
 async def test_records_of_engines_arrive_with_level_name_and_engine(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asyncscale")
     before = time.time()
@@ -128,3 +136,48 @@ asyncio.run(main())
         [sys.executable, "-c", script], cwd=workspace, capture_output=True, text=True, timeout=60, check=True
     )
     assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_what_programs_without_logging_see_of_a_death(workspace: Path) -> None:
+    # Python itself prints warnings where nobody has configured logging: each of them once, and nothing below.
+    script = """
+import asyncio, os, signal
+from asyncscale import AsyncScaleClient, SimulatedModel
+
+async def main():
+    async with AsyncScaleClient(SimulatedModel(), num_engines=1) as client:
+        [info] = await client.collective_rpc("process_info")
+        os.kill(info["pid"], signal.SIGKILL)
+        await client.generate("hello", max_tokens=3, ignore_eos=True)
+        while client.health()[0].state != "ready":
+            await asyncio.sleep(0.01)
+
+asyncio.run(main())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=workspace, capture_output=True, text=True, timeout=60, check=True
+    )
+    died, ready = result.stderr.splitlines()
+    assert died == "engine 0 died (killed by SIGKILL)"
+    assert ready.startswith("engine 0 is ready again: process ")
+
+
+async def test_a_crash_in_native_code_leaves_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async with AsyncScaleClient(MODEL, num_engines=1) as client:
+        [info] = await client.collective_rpc("process_info")
+        os.kill(info["pid"], signal.SIGSEGV)
+        await wait_state(client, "restarting")
+    assert "engine 0 died (killed by SIGSEGV)" in caplog.text
+    assert "Fatal Python error: Segmentation fault" in caplog.text
+    assert "in run_engine" in caplog.text
+    assert {vars(record)["engine_id"] for record in caplog.records} == {0}
+
+
+async def test_an_owner_that_closes_is_no_error_of_those_attached(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="asyncscale")
+    owner = await AsyncScaleClient(MODEL, num_engines=2).start()
+    async with AsyncScaleClient.attach(owner.address) as attached:
+        await owner.close()
+        await wait_state(attached, "dead")
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+    assert caplog.messages.count("all engines ended: its owner closed") == 1
