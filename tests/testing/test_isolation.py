@@ -104,6 +104,7 @@ def test_of_a_test_that_fails_the_failure_is_reported_and_nothing_else(run_pytes
 
             @pytest.mark.timeout(0.1, func_only=True)
             async def test_takes_too_long(asyncscale_client):
+                await asyncscale_client.collective_rpc("pause")
                 async for token in asyncscale_client.generate("x", **LONG):
                     pass
 
