@@ -27,6 +27,8 @@ PAGE = Path(__file__).parents[2] / "asyncscale" / "docs" / "api.md"
 MODULES: dict[str, tuple[str, ...]] = {
     "asyncscale": ("asyncscale.config.EngineConfig",),
     "asyncscale.blocking": (),
+    "asyncscale.metrics": (),
+    "asyncscale.testing": (),
 }
 
 _WIDTH = 100
