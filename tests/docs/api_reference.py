@@ -27,6 +27,7 @@ PAGE = Path(__file__).parents[2] / "asyncscale" / "docs" / "api.md"
 MODULES: dict[str, tuple[str, ...]] = {
     "asyncscale": ("asyncscale.config.EngineConfig",),
     "asyncscale.blocking": (),
+    "asyncscale.metrics": (),
 }
 
 _WIDTH = 100
