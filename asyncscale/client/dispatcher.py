@@ -254,6 +254,11 @@ class Dispatcher:
         """Requests that have not ended, of all clients as far as is known."""
         return max(self.num_live, sum(load.in_flight for load in self.loads()))
 
+    @property
+    def num_held(self) -> int:
+        """Requests that wait here for a free slot, or for the engine that they are for."""
+        return len(self._held) + sum(map(len, self._stranded.values()))
+
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
 

@@ -140,6 +140,11 @@ class Generation:
         if asyncio._get_running_loop() is not self._loop:
             raise not_on_its_loop(f"request {self.request_id!r}", self._loop)
 
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.completion_card import generation_html
+
+        return generation_html(self)
+
     def __del__(self) -> None:
         if not self._stream.done:  # when the interpreter ends, functions may go before this does
             _abort_unread(self._loop, self._stream, self._abort, ForgottenError)
