@@ -383,6 +383,8 @@ class Dispatcher:
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
         request.scores = scores
+        if request.first_token_at is None:
+            request.queued_at = request.sent_at
 
     def abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:
         """Have the engine end these of its choices."""

@@ -41,10 +41,12 @@ class RequestStream:
         "order",
         "params",
         "pinned_engine",
+        "prefill_s",
         "prefix_hashes",
         "priority",
         "prompt_logprobs",
         "prompt_token_ids",
+        "queued_at",
         "queued_s",
         "request_id",
         "sampling",
@@ -82,7 +84,9 @@ class RequestStream:
         self.pinned_engine = pinned_engine
         self.arrival = arrival
         self.first_token_at: float | None = None
+        self.queued_at: float | None = None  # sent to the engine that computed, or is to compute, its first token
         self.queued_s = 0.0
+        self.prefill_s: float | None = None
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_moves = 0  # how often it was sent anew
@@ -204,12 +208,15 @@ class RequestStream:
         """When what happened, so far."""
         return Timing(
             arrival=self.arrival,
+            queued=self.queued_at,
             queued_s=self.queued_s,
+            prefill_s=self.prefill_s,
             first_token=self.first_token_at,
             last_token=max((c.last_token_at for c in self.choices if c.last_token_at is not None), default=None),
             engine=self.engine_id,
             scores=self.scores,
             num_output_tokens=self.num_tokens,
+            longest_output=max(len(choice.token_ids) for choice in self.choices),
             num_cached_tokens=self.num_cached_tokens,
             num_preemptions=self.num_preemptions,
             num_moves=self.num_moves,
