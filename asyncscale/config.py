@@ -75,8 +75,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     dtype: of weights and KV cache; "auto" is bfloat16 where the CPU multiplies it natively, else float32.
     quantization: "int8" holds the weights of linear layers in 8 bits, a scale for each output, and rounds their inputs
-        to 8 bits as they come, a scale for each token. Half the memory of bfloat16 and up to twice the speed; see the
-        README for what it costs in quality. The KV cache stays in `dtype`.
+        to 8 bits as they come, a scale for every 64 of a token. Half the memory of bfloat16 and 1.6 times the speed of
+        its products; docs/benchmarks.md has what it costs in quality. The KV cache stays in `dtype`.
     max_model_len: longest prompt + output in tokens; None takes the model's own.
     max_num_seqs: most requests that run (hold KV blocks) at once on one engine.
     max_num_batched_tokens: most tokens computed in one step; a longer prompt is computed in chunks.
@@ -165,3 +165,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def progress_path(self) -> str:
         """Where it shows its progress: see `asyncscale.progress`."""
         return f"{self.folder}/{self.name}.progress"
+
+    @property
+    def counters_path(self) -> str:
+        """Where it counts what it does: see `asyncscale.metrics.engine_counters`."""
+        return f"{self.folder}/{self.name}.counters"

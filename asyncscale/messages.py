@@ -15,6 +15,7 @@ import msgspec
 
 from asyncscale.address import parse, shown
 from asyncscale.config import ModelSource
+from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
 from asyncscale.params import Sampling
 
 PROTOCOL_VERSION = 1
@@ -48,6 +49,12 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 EngineId = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_ENGINES)]
+
+# Rows of numbers, see `asyncscale.metrics.layout`.
+_Cell = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+EngineRow = Annotated[list[_Cell], msgspec.Meta(min_length=ENGINE_LAYOUT.size, max_length=ENGINE_LAYOUT.size)]
+RequestRow = Annotated[list[_Cell], msgspec.Meta(min_length=REQUEST_LAYOUT.size, max_length=REQUEST_LAYOUT.size)]
+RequestRows = Annotated[dict[EngineId | None, RequestRow], msgspec.Meta(max_length=_MAX_ENGINES)]
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -366,7 +373,25 @@ class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collecti
     args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
-ToCoordinator = Attach | Detach | CollectiveCall
+class MetricsReport(msgspec.Struct, frozen=True, array_like=True, tag="metrics-report"):
+    """All that the client has counted of its requests so far, by the engine that had them last: so it does no harm if
+    one is lost. round_id: of the MetricsRound that this answers."""
+
+    rows: RequestRows
+    round_id: int | None = None
+
+
+class MetricsQuery(msgspec.Struct, frozen=True, array_like=True, tag="metrics-query"):
+    """What have all engines and clients counted? Answered with MetricsAnswer.
+
+    fresh: after a round over all clients; else with what they reported last.
+    """
+
+    query_id: int
+    fresh: bool
+
+
+ToCoordinator = Attach | Detach | CollectiveCall | MetricsReport | MetricsQuery
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
@@ -428,7 +453,21 @@ class CollectiveResult(msgspec.Struct, frozen=True, array_like=True, tag="collec
     results: list[EngineResult]
 
 
-FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | Farewell
+class MetricsRound(msgspec.Struct, frozen=True, array_like=True, tag="metrics-round"):
+    """Answer with a MetricsReport at once."""
+
+    round_id: int
+
+
+class MetricsAnswer(msgspec.Struct, frozen=True, array_like=True, tag="metrics-answer"):
+    """Answer to MetricsQuery. clients: by what they are called in metrics."""
+
+    query_id: int
+    engines: dict[EngineId, EngineRow]
+    clients: dict[str, RequestRows]
+
+
+FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | MetricsRound | MetricsAnswer | Farewell
 
 
 Message = TypeVar("Message")

@@ -21,6 +21,7 @@ from asyncscale.client.misuse import caller
 from asyncscale.client.policies import EngineLoad
 from asyncscale.client.roster import EngineHealth
 from asyncscale.errors import ClientClosedError, ClientStateError
+from asyncscale.metrics import Metrics
 
 
 class AsyncScaleClient:
@@ -149,6 +150,14 @@ class AsyncScaleClient:
         """How every engine is: state, age of its last step, restarts, last error. Asks nobody."""
         return self._running().call(self._client.health)
 
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted until now; see `asyncscale.metrics.Metrics`."""
+
+        async def fresh() -> Metrics:
+            return await self._client.metrics()
+
+        return self._running().run(fresh())
+
     @property
     def num_malformed(self) -> int:
         """How many messages were dropped because they made no sense: see `asyncscale.AsyncScaleClient`."""
@@ -157,7 +166,9 @@ class AsyncScaleClient:
     def watch_loads(self) -> Iterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 
-            for loads in client.watch_loads(): ...
+            for loads in client.watch_loads():
+                if not any(load.waiting for load in loads):
+                    break
 
         Ends when the client is closed.
         """

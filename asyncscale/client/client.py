@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
@@ -39,9 +41,13 @@ from asyncscale.cpus import usable_cpus
 from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.memory import available_memory
 from asyncscale.messages import EngineFacts
+from asyncscale.metrics.snapshot import Counts, Metrics
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
+
+if TYPE_CHECKING:
+    from asyncscale.notebook.dashboard import Dashboard
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +76,7 @@ class AsyncScaleClient:
     host: None lets clients of this host and user attach, over sockets in a private folder. An address or a name of this
     machine ("127.0.0.1", "10.0.0.1", "::1"; "0.0.0.0" is all its interfaces) lets others attach over tcp, encrypted:
     those who have `address`, which then is a secret.
-    progress: show bars on stderr; None does when it is a terminal.
+    progress: show bars, on stderr or, in a notebook, as widgets; None does there, and when stderr is a terminal.
     **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
 
     Raises TypeError and ValueError for wrong options here; `start` raises ModelLoadError and EngineStartError.
@@ -148,6 +154,14 @@ class AsyncScaleClient:
         self._engines: Engines
         self._dispatcher: Dispatcher
         self._submission: Submission
+        # Of what the same cell of a notebook made before.
+        self._closings: list[concurrent.futures.Future[None]] = []
+        if "ipykernel" in sys.modules:
+            from asyncscale.notebook.interrupts import wake_at_signals
+            from asyncscale.notebook.replacement import close_replaced
+
+            wake_at_signals()
+            self._closings = close_replaced(self)
 
     # --- life
 
@@ -160,6 +174,10 @@ class AsyncScaleClient:
         return self
 
     async def _begin(self) -> None:
+        if self._closings:
+            from asyncscale.notebook.replacement import wait_closed
+
+            await wait_closed(self._closings)
         self._context = transport.make_context()
         self._life.cleanup.callback(self._context.destroy, linger=0)
         self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
@@ -380,6 +398,31 @@ class AsyncScaleClient:
         self._life.check_usable()
         return self._engines.roster.health()
 
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted: requests, tokens, latencies. Asks nobody; from any thread.
+
+        ::
+
+            client.metrics().engines[0].generation_tokens           # the newest that this client knows
+            metrics = await client.metrics()                        # of this moment, the same from every client
+            metrics.requests.time_to_first_token_seconds.quantile(0.99)
+
+        See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
+        Raises ClientStateError.
+        """
+        if self._life.state is not State.RUNNING:
+            raise wrong_state(self._life.state, "use")
+        return self._as_metrics(self._engines.counts())
+
+    def _as_metrics(self, counts: Counts) -> Metrics:
+        model = self._engines.model
+        name = model.name if isinstance(model, CheckpointFiles) else "simulated"
+        return Metrics(name, self._dispatcher.counters.client_id, counts, self._fresh_metrics)
+
+    async def _fresh_metrics(self) -> Metrics:
+        self._life.check_usable()
+        return self._as_metrics(await self._engines.fresh_counts())
+
     @property
     def num_malformed(self) -> int:
         """How many messages were dropped because they made no sense: of engines or owner, or, in an owner, of attached
@@ -391,13 +434,30 @@ class AsyncScaleClient:
     async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 
-            async for loads in client.watch_loads(): ...
+            async for loads in client.watch_loads():
+                if not any(load.waiting for load in loads):
+                    break
 
         Ends when the client is closed.
         """
         while self._life.state is State.RUNNING:
             yield self.engine_loads()
             await self._dispatcher.wait_load_change()
+
+    def dashboard(self) -> Dashboard:
+        """In a notebook, show every engine live: its state, requests that run and wait, KV cache, tokens per second.
+
+        ::
+
+            await client.dashboard()
+
+        It shows itself at once and follows the loads, until its own `close()`, the client's, or until its cell is run
+        again. Any number of them may be open. Raises ImportError without ipywidgets (the extra "notebook").
+        """
+        from asyncscale.notebook.dashboard import Dashboard
+
+        self._life.check_usable()
+        return Dashboard(self)
 
     async def collective_rpc(self, method: str, /, *args: object, timeout: float | None = 60.0) -> list[Any]:
         """Run a registered engine method exactly once on every engine; results in engine order.
@@ -432,6 +492,11 @@ class AsyncScaleClient:
             else f"{self._model!r}, num_engines={self._num_engines}"
         )
         return f"<AsyncScaleClient {what}, {self._life.state.value}>"
+
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.client_card import client_html
+
+        return client_html(self)
 
 
 class _Draining:

@@ -137,3 +137,8 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.completion_card import completion_html
+
+        return completion_html(self)

@@ -145,8 +145,14 @@ class Generation:
         if asyncio._get_running_loop() is not self._loop:
             raise not_on_its_loop(f"request {self.request_id!r}", self._loop)
 
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.completion_card import generation_html
+
+        return generation_html(self)
+
     def __del__(self) -> None:
-        _abort_unread(self._loop, self._stream, self._abort, ForgottenError)
+        if not self._stream.done:  # when the interpreter ends, functions may go before this does
+            _abort_unread(self._loop, self._stream, self._abort, ForgottenError)
 
 
 class ForgottenError(RequestAbortedError):
@@ -186,7 +192,8 @@ class Reader(ABC):
 
     def __del__(self) -> None:
         generation = self._generation
-        _abort_unread(generation._loop, generation._stream, generation._abort)
+        if not generation.done:
+            _abort_unread(generation._loop, generation._stream, generation._abort)
 
 
 class _ChoiceReader(Reader):
@@ -250,7 +257,7 @@ def _abort_unread(
     kind: type[RequestAbortedError] = RequestAbortedError,
 ) -> None:
     """End a request whose reader went away. May run in any thread: wherever the garbage collector does."""
-    if stream.done or loop.is_closed():
+    if loop.is_closed():
         return
     error = kind(f"request {stream.request_id!r} was left before its end")
     if asyncio._get_running_loop() is loop:

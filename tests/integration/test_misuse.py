@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import copy
 import pickle
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
-from programs import run, script
+import pytest_asyncio
 
 from asyncscale import (
     AsyncScaleClient,
@@ -20,25 +20,35 @@ from asyncscale import (
     InvalidRequestError,
     SamplingParams,
     SimulatedModel,
-    blocking,
     run_frontends,
 )
 
 FAST = SimulatedModel(base_ms=0.2)
+T = TypeVar("T")
+
 MESSAGE = {"role": "user", "content": "Hello!"}
 
 
-@pytest.fixture
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client() -> AsyncIterator[AsyncScaleClient]:
     async with AsyncScaleClient(FAST, num_engines=1) as client:
         yield client
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def generation(client: AsyncScaleClient) -> AsyncIterator[Generation]:
     generation = client.generate("hello", max_tokens=5, ignore_eos=True)
     yield generation
     assert len((await generation).token_ids) == 5  # whatever was done to it
+
+
+async def in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """In a thread that is gone then."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
 
 
 # --- no await
@@ -115,7 +125,7 @@ async def test_after_async_with() -> None:
 
 async def test_from_a_thread(client: AsyncScaleClient, generation: Generation) -> None:
     with pytest.raises(ClientStateError, match=r"outside of the event loop.*asyncscale\.blocking"):
-        await asyncio.to_thread(client.generate, "x")
+        await in_thread(client.generate, "x")
 
 
 @pytest.mark.parametrize("by_token", [False, True])
@@ -128,7 +138,7 @@ async def test_a_request_on_another_threads_loop(client: AsyncScaleClient, by_to
         await generation
 
     with pytest.raises(ClientStateError, match=r"request 'request-\d+' was started on another event loop"):
-        await asyncio.to_thread(asyncio.run, read())
+        await in_thread(asyncio.run, read())
     assert not generation.done
 
 
@@ -139,56 +149,7 @@ async def test_a_request_that_has_ended_can_be_read_anywhere(client: AsyncScaleC
     async def read() -> tuple[str, str]:
         return "".join([str(token) async for token in generation]), (await generation).text
 
-    assert await asyncio.to_thread(asyncio.run, read()) == (completion.text, completion.text)
-
-
-def test_a_second_asyncio_run(workspace: Path) -> None:
-    body = """
-client = AsyncScaleClient(FAST, num_engines=1)
-async def first():
-    await client.start()
-    return client.generate("x", max_tokens=5000, ignore_eos=True)
-async def second(what):
-    try:
-        await what()
-    except ClientStateError as error:
-        print(error)
-generation = asyncio.run(first())
-asyncio.run(second(lambda: client.generate("x")))
-async def read():
-    await generation
-asyncio.run(second(read))
-asyncio.run(client.close())
-"""
-    done = run(script(workspace, body))
-    told = "was started on an event loop that is closed: each asyncio.run has its own. Make the client and use it in"
-    assert [line.startswith(start + told) for line, start in zip(
-        done.stdout.splitlines(), ("this client ", "request 'request-0' "), strict=True
-    )] == [True, True]  # fmt: skip
-    assert (done.stderr, done.returncode) == ("", 0)
-
-
-def test_a_forgotten_close_names_where_the_client_was_made(workspace: Path) -> None:
-    body = """
-import warnings
-warnings.simplefilter("always", ResourceWarning)
-async def forget():
-    client = await AsyncScaleClient(FAST, num_engines=1).start()
-async def main():
-    await forget()
-asyncio.run(main())
-from asyncscale import blocking
-client = blocking.AsyncScaleClient(FAST, num_engines=1).start()
-del client
-"""
-    path = script(workspace, body)
-    lines = Path(path).read_text().splitlines()
-    warned = [line for line in run(path).stderr.splitlines() if "unclosed client" in line]
-    made = [
-        next(index for index, line in enumerate(lines, 1) if call in line) for call in (" await Async", "blocking.A")
-    ]
-    for line, number, cure in zip(warned, made, ("`async with`", "`with`"), strict=True):
-        assert f"made at {path}:{number}: use {cure}" in line
+    assert await in_thread(asyncio.run, read()) == (completion.text, completion.text)
 
 
 # --- wrong arguments
@@ -238,35 +199,6 @@ async def test_keywords_of_a_request(client: AsyncScaleClient, keyword: str, wor
         client.generate("x", **{keyword: SamplingParams()})
 
 
-@pytest.mark.parametrize("kind", [AsyncScaleClient, blocking.AsyncScaleClient])
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        ("nun_engines", "did you mean 'num_engines'"),
-        ("max_num_seq", "did you mean 'max_num_seqs'"),
-        ("data_parallel_size", "did you mean 'num_engines'"),
-        ("gpu_memory_utilization", "did you mean 'kv_cache_memory_fraction'"),
-        ("temperature", "pass it to generate"),
-        ("xyz", "known are num_engines, "),
-    ],
-)
-def test_options_of_a_client(kind: Callable[..., object], option: str, words: str) -> None:
-    with pytest.raises(TypeError, match=words):
-        kind(FAST, **{option: 1})
-
-
-KEY = "0123456789abcdef" * 4
-
-
-@pytest.mark.parametrize("kind", [AsyncScaleClient, blocking.AsyncScaleClient])
-def test_an_address_in_place_of_a_model_or_broken_shows_no_key(kind: Any) -> None:
-    with pytest.raises(ValueError, match=r"use AsyncScaleClient\.attach") as made:
-        kind(f"tcp://10.0.0.1:5000/?key={KEY}")
-    with pytest.raises(ValueError, match="address must be") as attached:
-        kind.attach(f"tcp://10.0.0.1/?key={KEY}")
-    assert KEY[:16] not in str(made.value) + str(attached.value)
-
-
 async def yields(client: AsyncScaleClient, index: int) -> AsyncIterator[int]:
     yield index
 
@@ -292,19 +224,3 @@ async def test_a_front_end_that_was_called_rather_than_named() -> None:
     with pytest.raises(TypeError, match="pass main itself"):
         await run_frontends(called, 1, "ipc:///nobody/is/here")  # type: ignore[arg-type]
     await called
-
-
-# --- the blocking client
-
-
-def test_the_same_of_the_blocking_client() -> None:
-    with blocking.AsyncScaleClient(FAST, num_engines=1) as client:
-        generation = client.generate("hello", max_tokens=5, ignore_eos=True)
-        with pytest.raises(AttributeError, match=r"Write `generation\.result\(\)\.text`"):
-            generation.text  # type: ignore[attr-defined]  # noqa: B018
-        assert "`.result()` waits for all of it, `for` reads it" in str(generation)
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
-            copy.copy(generation)
-        assert len(generation.result().token_ids) == 5
-    with pytest.raises(ClientClosedError, match="leaving `with` does that"):
-        client.generate("x")

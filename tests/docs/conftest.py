@@ -1,0 +1,5 @@
+"""Every test here looks for what it left behind."""
+
+from leftovers import nothing_left_over, runtime_folders, workspace
+
+__all__ = ["nothing_left_over", "runtime_folders", "workspace"]
