@@ -165,6 +165,8 @@ class Dispatcher:
         """Have what is left of the request done anew."""
         self.counters[request.engine_id].moved()
         request.num_moves += 1
+        if request.span is not None:
+            request.span.moved(request.engine_id)
         request.engine_id = None
         self._live.renumber(request)
         if request.pinned_engine is None:

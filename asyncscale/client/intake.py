@@ -112,11 +112,16 @@ class Intake:
     def _on_preempted(self, engine_id: int, wire_id: int) -> None:
         choice = self._live.choices.get(wire_id)
         if choice is not None:
-            choice.request.num_preemptions += 1
+            request = choice.request
+            request.num_preemptions += 1
+            if request.span is not None:
+                request.span.preempted(engine_id)
 
     def _on_first_token(self, engine_id: int, request: RequestStream, now: float) -> None:
         if request.first_token_at is None:
             request.first_token_at = now
+            if request.span is not None:
+                request.span.first_token()
             self._counters[engine_id].first_token(now - request.arrival)
             self._router.computed(engine_id, request.prefix_hashes)
             request.prefix_hashes = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,6 +16,9 @@ from asyncscale.client.token_ids import wire_bytes
 from asyncscale.messages import Add, TokenLogprobs
 from asyncscale.params import Sampling, SamplingParams
 from asyncscale.tokenization.codec import TextCodec
+
+if TYPE_CHECKING:
+    from asyncscale.client.tracing import RequestSpan
 
 
 class RequestStream:
@@ -53,6 +57,7 @@ class RequestStream:
         "scores",
         "sent_at",
         "session",
+        "span",
         "timer",
     )
 
@@ -98,6 +103,7 @@ class RequestStream:
         self.error: Exception | None = None
         self.done = False
         self.timer: asyncio.TimerHandle | None = None
+        self.span: RequestSpan | None = None  # if it is traced
         self.prompt_logprobs: list[TokenLogprobs] = []
         # With one choice, tokens arrive in its own order; with more, this is the order over all: the choice of each
         # arrival.
@@ -180,6 +186,8 @@ class RequestStream:
         for waiter in self._end_waiters:
             resolve(waiter)
         self._end_waiters.clear()
+        if self.span is not None:
+            self.span.end(self)
 
     def wait_token(self) -> asyncio.Future[None]:
         """Like that of a choice, for a token of any of them."""
