@@ -8,13 +8,14 @@
     metrics.requests.time_to_first_token_seconds.quantile(0.99)
 
 What an engine counts is in `EngineMetrics`, what clients count of requests in `RequestMetrics`. Names are vLLM's where
-the meaning is the same: see docs/metrics.md. `AsyncScaleCollector` gives them to prometheus_client.
+the meaning is the same. `AsyncScaleCollector` gives them to prometheus_client.
 """
 
 from __future__ import annotations
 
 from asyncscale.metrics.catalog import EngineMetrics, RequestMetrics
 from asyncscale.metrics.histogram import Histogram
+from asyncscale.metrics.prometheus import AsyncScaleCollector
 from asyncscale.metrics.snapshot import Metrics
 
-__all__ = ["EngineMetrics", "Histogram", "Metrics", "RequestMetrics"]
+__all__ = ["AsyncScaleCollector", "EngineMetrics", "Histogram", "Metrics", "RequestMetrics"]

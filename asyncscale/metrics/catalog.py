@@ -23,7 +23,7 @@ OUTCOMES = ("stop", "length", "abort", "timeout", "error")
 @dataclass(frozen=True, slots=True)
 class EngineMetrics:
     """What one engine has counted, through all its restarts, also while it hangs and after it was killed; its owner
-    counts the last three. Gauges are 0 while it is not up. Each of the n choices of a request is a sequence.
+    counts the last four. Gauges are 0 while it is not up. Each of the n choices of a request is a sequence.
 
     Times in seconds by the engine's clock, of sequences that have ended, also of those that were aborted.
     """
@@ -55,7 +55,8 @@ class EngineMetrics:
     )
     engine_malformed_messages: int = counter("Messages of clients that the engine dropped: they made no sense.")
     engine_up: int = gauge("1 while the engine takes requests, 0 while it does not.")
-    engine_deaths: int = counter("How often the engine died, in whatever way.")
+    engine_restarts: int = counter("How often it took requests again, after it had died.")
+    engine_deaths: int = counter("How often it died, in whatever way.")
     engine_hangs: int = counter("How often it was killed because it made no progress.")
 
     @property
@@ -111,9 +112,13 @@ class RequestMetrics:
     )
     tokens_received: int = counter("Tokens that came from engines for requests that still wanted them.")
     request_moves: int = counter("How often requests were sent anew because their engine died or was cut off.")
-    num_requests_held: int = gauge("Requests that wait at their client until an engine has a free slot.")
-    admission_rejections: int = counter("Requests refused with OverloadedError.", vllm=True)
-    client_malformed_messages: int = counter("Messages of engines or owner that the client dropped: no sense.")
+    num_requests_held: int = gauge(
+        "Requests that wait at their client until an engine has a free slot.", has_engine=False
+    )
+    admission_rejections: int = counter("Requests refused with OverloadedError.", vllm=True, has_engine=False)
+    client_malformed_messages: int = counter(
+        "Messages of engines, owner or clients that a client dropped: they made no sense.", has_engine=False
+    )
 
 
 ENGINE_LAYOUT = Layout(EngineMetrics)

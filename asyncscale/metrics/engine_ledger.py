@@ -7,7 +7,8 @@ import threading
 from asyncscale.metrics.catalog import ENGINE_LAYOUT as LAYOUT
 from asyncscale.metrics.engine_counters import read_file
 
-_UP, _DEATHS, _HANGS = map(LAYOUT.at, ("engine_up", "engine_deaths", "engine_hangs"))
+_UP, _RESTARTS = map(LAYOUT.at, ("engine_up", "engine_restarts"))
+_DEATHS, _HANGS = map(LAYOUT.at, ("engine_deaths", "engine_hangs"))
 
 
 class EngineLedger:
@@ -29,7 +30,11 @@ class EngineLedger:
         """The engine takes requests, and counts in the file at `path`."""
         with self._lock:
             self._paths[engine_id] = path
-            self._before.setdefault(engine_id, LAYOUT.zeros())
+            before = self._before.get(engine_id)
+            if before is None:
+                self._before[engine_id] = LAYOUT.zeros()
+            else:
+                before[_RESTARTS] += 1
 
     def down(self, engine_id: int, *, hung: bool) -> None:
         """The engine has died; its file is still there, if it was ever up. hung: it was killed because it did."""
@@ -54,7 +59,7 @@ class EngineLedger:
         before = self._before.get(engine_id) or LAYOUT.zeros()
         path = self._paths.get(engine_id)
         if path is None:
-            return before
+            return list(before)
         now = read_file(path)
         total = LAYOUT.sum([before] if now is None else [before, now])
         total[_UP] = 1

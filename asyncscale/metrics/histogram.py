@@ -27,8 +27,10 @@ REQUEST_TOKENS_BUCKETS = tuple(mantissa * 10**exponent for exponent in range(6) 
 class Histogram:
     """How often values fell where::
 
-        histogram.count, histogram.mean, histogram.quantile(0.99)
-        (later - earlier).mean                  # of what came in between
+        before = client.metrics().requests.inter_token_latency_seconds
+        before.count, before.mean, before.quantile(0.99)
+        now = client.metrics().requests.inter_token_latency_seconds
+        (now - before).mean                     # of what came in between
 
     bounds: ascending; bucket i holds values above bounds[i - 1] and up to bounds[i], the last one those above all.
     counts: of each bucket. sum: of the values.

@@ -41,7 +41,8 @@ class Metric:
     """One metric. name: without prefix, and of a counter without Prometheus's suffix `_total`.
 
     unit: how many in the row are one. is_vllms: vLLM has one of the same name and meaning. label, values: of a counter
-    that is kept for each of some values of a label. bounds: of a histogram's buckets.
+    that is kept for each of some values of a label. bounds: of a histogram's buckets. has_engine: it is counted for
+    each engine.
     """
 
     name: str
@@ -52,30 +53,35 @@ class Metric:
     label: str = ""
     values: tuple[str, ...] = ()
     bounds: tuple[float, ...] = ()
+    has_engine: bool = True
 
     @property
     def num_cells(self) -> int:
         return len(self.bounds) + 2 if self.kind == "histogram" else len(self.values) or 1
 
 
-def gauge(help: str, *, vllm: bool = False, unit: int = 1) -> Any:
-    """A field for what goes up and down; it is 0 of whoever is gone."""
-    return field(metadata={"kind": "gauge", "help": help, "is_vllms": vllm, "unit": unit})
+def gauge(help: str, **options: Any) -> Any:
+    """A field for what goes up and down; it is 0 of whoever is gone. options: of Metric."""
+    return _field("gauge", help, **options)
 
 
-def counter(help: str, *, vllm: bool = False, label: str = "", values: tuple[str, ...] = ()) -> Any:
+def counter(help: str, **options: Any) -> Any:
     """A field for what only grows."""
-    return field(metadata={"kind": "counter", "help": help, "is_vllms": vllm, "label": label, "values": values})
+    return _field("counter", help, **options)
 
 
-def histogram(help: str, *, buckets: tuple[float, ...], vllm: bool = False) -> Any:
+def histogram(help: str, *, buckets: tuple[float, ...], **options: Any) -> Any:
     """A field for how whole numbers are distributed."""
-    return field(metadata={"kind": "histogram", "help": help, "is_vllms": vllm, "bounds": buckets})
+    return _field("histogram", help, bounds=buckets, **options)
 
 
-def seconds(help: str, *, buckets: tuple[float, ...], vllm: bool = False) -> Any:
+def seconds(help: str, *, buckets: tuple[float, ...], **options: Any) -> Any:
     """A field for how times are distributed."""
-    return field(metadata={"kind": "histogram", "help": help, "is_vllms": vllm, "bounds": buckets, "unit": FRACTION})
+    return _field("histogram", help, bounds=buckets, unit=FRACTION, **options)
+
+
+def _field(kind: Kind, help: str, *, vllm: bool = False, **options: Any) -> Any:
+    return field(metadata={"kind": kind, "help": help, "is_vllms": vllm, **options})
 
 
 class Observe(Protocol):

@@ -39,12 +39,12 @@ class Metrics:
         metrics.requests_of(engine=0).inter_token_latency_seconds.mean
 
     Counts only ever grow, also when engines and clients die and return.
-    model_name: of the model that the engines run. client_id: of the client that was asked.
+    model_name: of the model that the engines run. client_id: of the client that was asked. counts: the same, raw.
     """
 
     model_name: str
     client_id: str = field(compare=False)
-    _counts: Counts = field(repr=False)
+    counts: Counts = field(repr=False)
     _refresh: Callable[[], Coroutine[Any, Any, Metrics]] = field(repr=False, compare=False)
 
     def __await__(self) -> Generator[Any, Any, Metrics]:
@@ -53,18 +53,18 @@ class Metrics:
     @cached_property
     def engines(self) -> Mapping[int, EngineMetrics]:
         """What each engine has counted, in order; also those that died."""
-        return {engine_id: ENGINE_LAYOUT.read(row) for engine_id, row in self._counts.engines.items()}
+        return {engine_id: ENGINE_LAYOUT.read(row) for engine_id, row in self.counts.engines.items()}
 
     @cached_property
     def all_engines(self) -> EngineMetrics:
         """What they have counted together. engine_up is how many are; kv_cache_usage_perc is their mean."""
-        total = ENGINE_LAYOUT.read(ENGINE_LAYOUT.sum(self._counts.engines.values()))
+        total = ENGINE_LAYOUT.read(ENGINE_LAYOUT.sum(self.counts.engines.values()))
         return dataclasses.replace(total, kv_cache_usage_perc=total.kv_cache_usage_perc / max(1, total.engine_up))
 
     @cached_property
     def clients(self) -> Mapping[str, RequestMetrics]:
         """What each client that is there has counted, and "departed" for all others together."""
-        return {client_id: self.requests_of(client=client_id) for client_id in self._counts.clients}
+        return {client_id: self.requests_of(client=client_id) for client_id in self.counts.clients}
 
     @cached_property
     def requests(self) -> RequestMetrics:
@@ -76,6 +76,6 @@ class Metrics:
 
         Raises KeyError for a client that is not among `clients`.
         """
-        clients = self._counts.clients.values() if client is None else [self._counts.clients[client]]
+        clients = self.counts.clients.values() if client is None else [self.counts.clients[client]]
         rows = [row for by_engine in clients for key, row in by_engine.items() if engine is None or key == engine]
         return REQUEST_LAYOUT.read(REQUEST_LAYOUT.sum(rows))

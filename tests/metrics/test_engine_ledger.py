@@ -35,7 +35,7 @@ def test_counts_of_all_incarnations_add_up_and_gauges_are_of_the_living_one(tmp_
     second.step(num_tokens=1, num_generated=1)
     seen = LAYOUT.read(ledger.read()[0])
     assert (seen.engine_up, seen.generation_tokens, seen.iteration_tokens_total.sum) == (1, 9, 105)
-    assert (seen.engine_deaths, seen.engine_hangs) == (2, 1)
+    assert (seen.engine_deaths, seen.engine_hangs, seen.engine_restarts) == (2, 1, 1)
 
 
 def test_a_file_that_is_no_such_file_counts_nothing(tmp_path: Path) -> None:
