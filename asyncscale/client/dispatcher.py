@@ -165,6 +165,8 @@ class Dispatcher:
         """Have what is left of the request done anew."""
         self.counters[request.engine_id].moved()
         request.num_moves += 1
+        if request.span is not None:
+            request.span.moved(request.engine_id)
         request.engine_id = None
         self._live.renumber(request)
         if request.pinned_engine is None:
@@ -397,6 +399,8 @@ class Dispatcher:
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
         request.scores = scores
+        if request.first_token_at is None:
+            request.queued_at = request.sent_at
         if request.num_moves == 0:
             self.counters[engine_id].held(request.sent_at - request.arrival)
 
