@@ -20,6 +20,7 @@ import zmq
 
 from asyncscale import AsyncScaleClient, AsyncScaleError, EngineDeadError, SimulatedModel, messages, run_frontends
 from asyncscale.address import parse
+from asyncscale.testing import kill_engine
 
 HERE = "127.0.0.1"
 FAST = SimulatedModel(base_ms=0.2, decode_us=1, prefill_us=0.1)
@@ -85,7 +86,6 @@ async def test_requests_of_a_killed_engine_go_on_and_it_comes_back_at_another_po
 OWNER = """
 import asyncio, sys
 from asyncscale import AsyncScaleClient, SimulatedModel
-from asyncscale.testing import kill_engine
 
 async def main():
     async with AsyncScaleClient(SimulatedModel(), num_engines=2, host="127.0.0.1") as client:
