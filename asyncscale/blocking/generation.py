@@ -15,7 +15,7 @@ from asyncscale.client import generation as asynchronous
 from asyncscale.client.completion import Completion
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.generation import Token
-from asyncscale.client.misuse import no_attribute, stays_here
+from asyncscale.client.misuse import no_attribute, request_stays_here
 from asyncscale.errors import ClientClosedError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Generation:
             raise no_attribute(self, name, "generation.result()")
 
         def __reduce__(self) -> NoReturn:
-            raise stays_here(self)
+            raise request_stays_here()
 
     def __init__(self, generation: asynchronous.Generation, background: BackgroundLoop, client: object) -> None:
         self._generation = generation
