@@ -46,6 +46,7 @@ _MAX_ABORTS = 65_536
 _MAX_ENGINES = 65_536
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 EngineId = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_ENGINES)]
 
@@ -179,24 +180,33 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class Finished(msgspec.Struct, frozen=True, array_like=True):
     """The end of a request. Its last token is in the same or an earlier `Outputs`.
 
-    stop_token_id: the token that ended it, when one of its stop_token_ids did. Times in seconds since the engine had
-    it.
+    stop_token_id: the token that ended it, when one of its stop_token_ids did.
     """
 
     request_id: int
     reason: FinishReason
     stop_token_id: int | None = None
     error: str | None = None
-    num_cached_tokens: Count = 0
-    num_preemptions: Count = 0
-    queued_s: float = 0.0
-    first_token_s: float = 0.0
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """The prompt of a request is computed, and its first token is in the same `Outputs`. Said once by each engine.
+
+    queued_s: seconds from when the engine had it until its first step; prefill_s: from there to the first token.
+    num_cached_tokens: of the prompt, found in the prefix cache.
+    """
+
+    request_id: int
+    queued_s: Seconds
+    prefill_s: Seconds
+    num_cached_tokens: Count
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     """All that one step made for one client.
 
     Request_ids[i] got token_ids[i]; an id with several tokens comes several times. by_client: see `LoadReport`.
+    preempted: ids of requests that lost their KV blocks to others, and will be computed again.
     """
 
     request_ids: list[int]
@@ -208,6 +218,8 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
         tuple[int, list[TokenLogprobs]]
     ] = []  # (request_id, of the next prompt positions; the first is position 1)
     by_client: Shares | None = None
+    started: list[Started] = []
+    preempted: list[int] = []
 
     def __post_init__(self) -> None:
         if len(self.request_ids) != len(self.token_ids):

@@ -165,6 +165,8 @@ class Dispatcher:
         """Have what is left of the request done anew."""
         self.counters[request.engine_id].moved()
         request.num_moves += 1
+        if request.span is not None:
+            request.span.moved(request.engine_id)
         request.engine_id = None
         self._live.renumber(request)
         if request.pinned_engine is None:
@@ -332,7 +334,7 @@ class Dispatcher:
     def _has_room(self) -> bool:
         return not self._held and self._router.has_room(time.monotonic())
 
-    def abort(self, request: RequestStream, error: Exception) -> None:
+    def abort(self, request: RequestStream, error: BaseException) -> None:
         """End the request with `error`, here at once and on its engine as soon as it hears."""
         self.abort_on_engine(request, [choice.wire_id for choice in request.open_choices])
         request.fail(error)
@@ -397,6 +399,8 @@ class Dispatcher:
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
         request.scores = scores
+        if request.first_token_at is None:
+            request.queued_at = request.sent_at
         if request.num_moves == 0:
             self.counters[engine_id].held(request.sent_at - request.arrival)
 
@@ -426,7 +430,7 @@ class Dispatcher:
             self._load_watcher(engine_id, report)
         self.report(engine_id, report.load)
 
-    def abort_all(self, error: Exception) -> None:
+    def abort_all(self, error: BaseException) -> None:
         """End every request with `error`."""
         for request in self._live:
             self.abort(request, error)

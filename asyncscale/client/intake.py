@@ -52,6 +52,10 @@ class Intake:
             self._end_impossible(engine_id, vocab_size, outputs)
         if outputs.logprobs or outputs.prompt_logprobs:
             self._on_logprobs(outputs)
+        for started in outputs.started:
+            self._on_started(started)
+        for wire_id in outputs.preempted:
+            self._on_preempted(engine_id, wire_id)
         now = time.monotonic()
         find = self._live.choices.get
         to_check: list[ChoiceStream] = []
@@ -97,9 +101,27 @@ class Intake:
                 error = f"request {request.request_id!r}: {error}"
                 self._ending.abort(request, EngineError(error, engine_id=engine_id))
 
+    def _on_started(self, started: messages.Started) -> None:
+        choice = self._live.choices.get(started.request_id)
+        if choice is not None and choice.request.first_token_at is None:  # else another choice or engine had one before
+            request = choice.request
+            request.queued_s = started.queued_s
+            request.prefill_s = started.prefill_s
+            request.num_cached_tokens = started.num_cached_tokens
+
+    def _on_preempted(self, engine_id: int, wire_id: int) -> None:
+        choice = self._live.choices.get(wire_id)
+        if choice is not None:
+            request = choice.request
+            request.num_preemptions += 1
+            if request.span is not None:
+                request.span.preempted(engine_id)
+
     def _on_first_token(self, engine_id: int, request: RequestStream, now: float) -> None:
         if request.first_token_at is None:
             request.first_token_at = now
+            if request.span is not None:
+                request.span.first_token()
             self._counters[engine_id].first_token(now - request.arrival)
             self._router.computed(engine_id, request.prefix_hashes)
             request.prefix_hashes = ()
@@ -121,10 +143,6 @@ class Intake:
         self._live.discard_choice(choice)
         request = choice.request
         self._router.ended(engine_id, 1, request.weight)
-        if choice.index == 0:
-            request.queued_s = finished.queued_s
-            request.num_cached_tokens = finished.num_cached_tokens
-        request.num_preemptions += finished.num_preemptions
         if finished.reason in ("stop", "length"):
             choice.finish(finished.reason, finished.stop_token_id)
         elif finished.reason == "abort":

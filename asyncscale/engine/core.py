@@ -22,7 +22,7 @@ from asyncscale.engine.request import Request
 from asyncscale.engine.runner import Runner
 from asyncscale.engine.scheduler import Scheduler
 from asyncscale.engine.stop_conditions import StopConditions
-from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, fair_share
+from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, Started, fair_share
 from asyncscale.metrics.engine_counters import EngineCounters
 
 _log = logging.getLogger(__name__)
@@ -154,6 +154,8 @@ class EngineCore:
         if schedule.preempted:
             self._preemptions.add(len(schedule.preempted), self._clock())
             self._counters.preempted(len(schedule.preempted))
+            for request in schedule.preempted:
+                self._outbox.put_preempted(request)
         for request, error in schedule.failed:
             self._finish(request, "error", error=error)
         if schedule.batch is not None:
@@ -248,7 +250,17 @@ class EngineCore:
 
     def _on_prompt_computed(self, request: Request) -> None:
         if request.first_token_at is None:
-            request.first_token_at = self._clock()
+            request.first_token_at = now = self._clock()
+            scheduled_at = now if request.scheduled_at is None else request.scheduled_at
+            self._outbox.put_started(
+                request.client,
+                Started(
+                    request.request_id,
+                    queued_s=scheduled_at - request.arrival,
+                    prefill_s=now - scheduled_at,
+                    num_cached_tokens=request.num_cached_tokens,
+                ),
+            )
             self._counters.prompt_computed(request)
         siblings, request.siblings = request.siblings, []
         for sibling in filter(self._is_alive, siblings):
@@ -284,19 +296,7 @@ class EngineCore:
     def _finish(
         self, request: Request, reason: FinishReason, *, stop_token_id: int | None = None, error: str | None = None
     ) -> None:
-        self._outbox.put_finished(
-            request.client,
-            Finished(
-                request.request_id,
-                reason,
-                stop_token_id,
-                error,
-                request.num_cached_tokens,
-                request.num_preemptions,
-                queued_s=_seconds(request.arrival, request.scheduled_at),
-                first_token_s=_seconds(request.arrival, request.first_token_at),
-            ),
-        )
+        self._outbox.put_finished(request.client, Finished(request.request_id, reason, stop_token_id, error))
         self._forget(request)
 
     def _forget(self, request: Request) -> None:
@@ -349,7 +349,3 @@ def _without_errors(batch: Batch, result: StepResult) -> tuple[Batch, StepResult
             },
         ),
     )
-
-
-def _seconds(start: float, end: float | None) -> float:
-    return 0.0 if end is None else end - start

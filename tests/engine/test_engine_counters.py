@@ -49,7 +49,7 @@ def test_a_sequence_that_is_preempted_counts_its_prompt_once(make_engine, endles
     for number in range(3):
         engine.add(number, PROMPT, max_tokens=20, **endless)
     engine.run()
-    preemptions = sum(engine.finished(number).num_preemptions for number in range(3))
+    preemptions = sum(engine.num_preemptions(number) for number in range(3))
     assert preemptions > 0
     seen = counted(engine)
     assert (seen.num_preemptions, seen.prompt_tokens, seen.generation_tokens) == (preemptions, 30, 60)
@@ -74,9 +74,9 @@ def test_times_of_phases_are_those_of_the_sequences_that_ended(make_engine, endl
     engine.core.abort(A, [2])  # was never scheduled
     while not engine.received[A, 0].finished:
         engine.step()
-    first, seen = engine.finished(0), counted(engine)
+    first, seen = engine.started(0), counted(engine)
     assert seen.request_queue_time_seconds.sum == first.queued_s
-    assert seen.request_prefill_time_seconds.sum == first.first_token_s - first.queued_s
+    assert seen.request_prefill_time_seconds.sum == first.prefill_s
     total = seen.request_prefill_time_seconds.sum + seen.request_decode_time_seconds.sum
     assert seen.request_inference_time_seconds.sum == total
     engine.step()

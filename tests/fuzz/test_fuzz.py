@@ -123,6 +123,7 @@ class ClientTarget:
         messages.Outputs(
             [2], [104], [messages.Finished(2, "stop", 104), messages.Finished(0, "error", None, "no")], LOAD
         ),
+        messages.Outputs([5], [65], [], LOAD, started=[messages.Started(5, 0.25, 1.5, 16)], preempted=[1, 2]),
         messages.Outputs([], [], [messages.Finished(1, "length"), messages.Finished(0, "abort")], LOAD),
         messages.LoadReport(LOAD, {b"c": (1, 2)}),
         messages.CallResult(0, msgspec.Raw(b"\x01")),
