@@ -54,7 +54,7 @@ async def in_thread(function: Callable[..., T], *arguments: object) -> T:
 # --- no await
 
 
-@pytest.mark.parametrize("name", ["text", "token_ids", "finish_reason", "choices", "timing", "logprobs"])
+@pytest.mark.parametrize("name", ["text", "token_ids", "finish_reason", "choices", "logprobs"])
 async def test_what_only_a_completion_has(generation: Generation, name: str) -> None:
     with pytest.raises(AttributeError, match=rf"Write `\(await generation\)\.{name}`") as caught:
         getattr(generation, name)
