@@ -33,10 +33,6 @@ class EngineRow:
         self._n = LAYOUT.observer(cells, "request_params_n")
         self._max_tokens = LAYOUT.observer(cells, "request_params_max_tokens")
 
-    def received(self, num_tokens: int) -> None:
-        """So many tokens came that requests wanted."""
-        self.cells[_RECEIVED] += num_tokens
-
     def moved(self) -> None:
         """A request was taken from this engine, which had not finished it."""
         self.cells[_MOVES] += 1
@@ -81,6 +77,15 @@ class RequestCounters:
         if row is None:
             row = self._rows[engine_id] = EngineRow()
         return row
+
+    def received(self, engine_id: int, num_tokens: int, gap: float, num_alike: int) -> None:
+        """A message has come with so many tokens that requests wanted: most of them, `num_alike`, to sequences that
+        had got their token before it `gap` seconds ago. (In one call, as this is done for every message.)"""
+        row = self._rows.get(engine_id) or self[engine_id]
+        row.cells[_RECEIVED] += num_tokens
+        if num_alike:
+            row.inter_token_latency(gap, num_alike)
+        self.on_change()
 
     def ended(self, request: RequestStream, now: float) -> None:
         """A request has all its tokens, or failed."""
