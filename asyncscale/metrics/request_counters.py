@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,7 @@ def _outcome(request: RequestStream) -> str:
             return request.choices[0].finish_reason or "error"
         case RequestTimeoutError():
             return "timeout"
-        case RequestAbortedError() | ClientClosedError():
+        case RequestAbortedError() | ClientClosedError() | CancelledError():
             return "abort"
         case _:
             return "error"
