@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,15 @@ from api_reference import PAGE as API_REFERENCE
 from pages import DOCS, PAGES, ROOT, blocks, run_page
 
 
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    logger = logging.getLogger("asyncscale")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
+@pytest.mark.usefixtures("logging_as_before")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != API_REFERENCE], ids=lambda page: str(page.relative_to(ROOT))
 )
