@@ -25,7 +25,7 @@ from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.life import Life
-from asyncscale.client.misuse import caller
+from asyncscale.client.misuse import caller, client_stays_here
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
@@ -289,6 +289,9 @@ class AsyncScaleClient:
             raise TypeError("AsyncScaleClient needs `async with`; synchronous programs use that of asyncscale.blocking")
 
         def __exit__(self, *_: object) -> None: ...
+
+        def __reduce__(self) -> NoReturn:
+            raise client_stays_here()
 
     # --- requests
 
