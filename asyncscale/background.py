@@ -71,7 +71,7 @@ class BackgroundLoop:
         It is cancelled when the wait ends before it does: by Ctrl-C, or TimeoutError after `timeout` seconds.
         """
         with _closed_on_error(coroutine):
-            self._refuse_own_thread()
+            self.check_may_wait()
         return self._wait(self.submit(coroutine), timeout)
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -85,7 +85,7 @@ class BackgroundLoop:
                 except BaseException as error:
                     future.set_exception(error)
 
-        self._refuse_own_thread()
+        self.check_may_wait()
         self.call_soon(call)
         return self._wait(future, None)
 
@@ -93,11 +93,16 @@ class BackgroundLoop:
         """Call it in the loop's thread soon, in the order of these calls, and wait for nothing."""
         self._hand_over(lambda: self._loop.call_soon_threadsafe(lambda: function(*args, **kwargs)))
 
+    def check_may_wait(self) -> None:
+        """Raises ClientStateError in the loop's own thread, where nothing happens while it waits."""
+        if self._thread is threading.current_thread():
+            raise ClientStateError("called from the background loop's own thread, which would wait for itself: await")
+
     def close(self, timeout: float | None = 10.0) -> None:
         """Cancel what still runs, wait at most `timeout` seconds for its end, and end the thread. Idempotent."""
         if self.forked:
             return
-        self._refuse_own_thread()
+        self.check_may_wait()
         with self._lock:
             self._closed = True
             self._finalizer.detach()
@@ -124,10 +129,6 @@ class BackgroundLoop:
             raise
         finally:
             future.cancel()
-
-    def _refuse_own_thread(self) -> None:
-        if self._thread is threading.current_thread():
-            raise ClientStateError("called from the background loop's own thread, which would wait for itself: await")
 
 
 @contextlib.contextmanager

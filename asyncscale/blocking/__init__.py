@@ -6,7 +6,7 @@
         for token in client.generate("The capital of France is", max_tokens=32):
             print(token, end="", flush=True)
 
-        generations = [client.generate(prompt) for prompt in prompts]  # all at once
+        generations = [client.generate(prompt, max_tokens=32) for prompt in prompts]  # all at once
         texts = [generation.result().text for generation in generations]
 
 Names, arguments and errors are those of `asyncscale`, whose `SamplingParams`, `SimulatedModel` and the rest go with it.

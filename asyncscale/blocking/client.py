@@ -10,16 +10,18 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from asyncscale.background import BackgroundLoop
 from asyncscale.blocking.generation import Generation
 from asyncscale.blocking.signatures import arguments_of, arguments_of_method
 from asyncscale.client import client as asynchronous
 from asyncscale.client import generation as asynchronous_generation
+from asyncscale.client.misuse import caller, client_stays_here
 from asyncscale.client.policies import EngineLoad
 from asyncscale.client.roster import EngineHealth
 from asyncscale.errors import ClientClosedError, ClientStateError
+from asyncscale.metrics import Metrics
 
 
 class AsyncScaleClient:
@@ -49,6 +51,7 @@ class AsyncScaleClient:
         self._background: BackgroundLoop | None = None  # once it is started
         self._starting = threading.Lock()
         self._closed = False
+        self._made_at = caller()
         self._finalizer: weakref.finalize[..., AsyncScaleClient] | None = None
 
     # --- life
@@ -66,7 +69,8 @@ class AsyncScaleClient:
         except BaseException:
             self.close(drain=False)
             raise
-        self._finalizer = weakref.finalize(self, _end, repr(self), os.getpid(), background, self._client)
+        name = f"{self!r}, made at {self._made_at}"
+        self._finalizer = weakref.finalize(self, _end, name, os.getpid(), background, self._client)
         self._finalizer.atexit = False  # the engines end then, and nothing else matters
         return self
 
@@ -100,6 +104,9 @@ class AsyncScaleClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(drain=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise client_stays_here()
 
     # --- requests
 
@@ -146,6 +153,14 @@ class AsyncScaleClient:
         """How every engine is: state, age of its last step, restarts, last error. Asks nobody."""
         return self._running().call(self._client.health)
 
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted until now; see `asyncscale.metrics.Metrics`."""
+
+        async def fresh() -> Metrics:
+            return await self._client.metrics()
+
+        return self._running().run(fresh())
+
     @property
     def num_malformed(self) -> int:
         """How many messages were dropped because they made no sense: see `asyncscale.AsyncScaleClient`."""
@@ -154,7 +169,9 @@ class AsyncScaleClient:
     def watch_loads(self) -> Iterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 
-            for loads in client.watch_loads(): ...
+            for loads in client.watch_loads():
+                if not any(load.waiting for load in loads):
+                    break
 
         Ends when the client is closed.
         """
@@ -201,7 +218,7 @@ class AsyncScaleClient:
 
 
 def _closed(wanted: str) -> ClientClosedError:
-    return ClientClosedError(f"cannot {wanted} the client: it is closed. Make a new one")
+    return ClientClosedError(f"cannot {wanted} the client: it is closed (leaving `with` does that). Make a new one")
 
 
 _endings: set[concurrent.futures.Future[None]] = set()
@@ -215,7 +232,8 @@ def _end(name: str, owner_pid: int, background: BackgroundLoop, client: asynchro
         ending = background.submit(_close(client, background))
         _endings.add(ending)
         ending.add_done_callback(_endings.discard)
-    warnings.warn(f"unclosed client {name}", ResourceWarning, stacklevel=3)  # where it was forgotten
+    text = f"unclosed client {name}: use `with`, or client.close()"
+    warnings.warn(text, ResourceWarning, stacklevel=3)  # where it was forgotten
 
 
 async def _close(client: asynchronous.AsyncScaleClient, _: BackgroundLoop) -> None:

@@ -6,14 +6,16 @@ import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
 from asyncscale.client import generation as asynchronous
-from asyncscale.client.completion import Completion
+from asyncscale.client.completion import Completion, Timing
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.generation import Token
+from asyncscale.client.misuse import no_attribute, request_stays_here
 from asyncscale.errors import ClientClosedError
 
 if TYPE_CHECKING:
@@ -36,6 +38,14 @@ class Generation:
 
     __slots__ = ("__weakref__", "_background", "_client", "_future", "_generation", "_lock")
 
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise no_attribute(self, name, "generation.result()")
+
+        def __reduce__(self) -> NoReturn:
+            raise request_stays_here()
+
     def __init__(self, generation: asynchronous.Generation, background: BackgroundLoop, client: object) -> None:
         self._generation = generation
         self._background = background
@@ -57,6 +67,11 @@ class Generation:
         """How many tokens have arrived, of all choices."""
         return self._generation.num_tokens
 
+    @property
+    def timing(self) -> Timing:
+        """When what happened, so far; also of one that failed."""
+        return self._generation.timing
+
     def abort(self) -> None:
         """End it on its engine. Who reads it gets RequestAbortedError. Does nothing when it has ended."""
         if not self.done:
@@ -75,8 +90,11 @@ class Generation:
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the end, and return what `result` would raise, or None. Raises TimeoutError."""
+        future = self.future()
+        if not future.done():
+            self._background.check_may_wait()
         try:
-            return self.future().exception(timeout)
+            return future.exception(timeout)
         except TimeoutError:
             raise TimeoutError(f"request {self.request_id!r} has not ended within {timeout:g} s; it goes on") from None
         except concurrent.futures.CancelledError:
@@ -87,6 +105,8 @@ class Generation:
 
     def future(self) -> concurrent.futures.Future[Completion]:
         """The completion as a future, always the same one. Cancelling it aborts the request.
+
+        Its callbacks run in the client's own thread, which must not wait for anything.
 
         ::
 
@@ -99,22 +119,21 @@ class Generation:
             return self._future
 
     def __iter__(self) -> Iterator[Token]:
+        arrivals: SimpleQueue[list[Token] | BaseException] = SimpleQueue()  # in the end an exception, or no tokens
         reader = aiter(self._generation)
-        while tokens := self._read(reader):
-            yield from tokens
-
-    def _read(self, reader: asynchronous.Reader) -> list[Token]:
-        """The tokens that have arrived, at least one but at the end. All of them cross threads in one go."""
-        future = self._submit(lambda: _arrived(reader))
+        self._submit(lambda: _hand_over(reader, arrivals.put)).add_done_callback(lambda end: arrivals.put(_end(end)))
         try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise ClientClosedError("the client was closed") from None
+            while tokens := self._next(arrivals):
+                if isinstance(tokens, BaseException):
+                    raise fresh(tokens)
+                yield from tokens
         finally:
-            if not future.done():  # Ctrl-C
-                future.cancel()
-                self.abort()
-            del future  # it holds the exception, and that this frame
+            self.abort()  # it was left early, by Ctrl-C perhaps
+
+    def _next(self, arrivals: SimpleQueue[T]) -> T:
+        if arrivals.empty():
+            self._background.check_may_wait()
+        return arrivals.get()
 
     def _submit(self, make: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
         """Start what reads the request in the loop's thread: text is decoded there, and nowhere else.
@@ -138,10 +157,8 @@ class Generation:
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
-        return (
-            f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: "
-            "`.result()` waits for all of it, `for` reads it>"
-        )
+        cure = "`.result()` waits for all of it, `for` reads it"
+        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: {cure}>"
 
 
 class _ReadText(msgspec.Struct, gc=False):
@@ -162,11 +179,18 @@ async def _completion(generation: asynchronous.Generation) -> Completion:
     return await generation
 
 
-async def _arrived(reader: asynchronous.Reader) -> list[Token]:
+async def _hand_over(reader: asynchronous.Reader, put: Callable[[list[Token]], None]) -> None:
+    """Tokens go to the other thread as they arrive: those that have come together go together."""
     tokens: list[Token] = []
     async for token in reader:
-        source = _ReadText(token.choice, token.text, token.logprob)
-        tokens.append(Token(source, token.index, token.token_id, token.finish_reason))
+        text = _ReadText(token.choice, token.text, token.logprob)
+        tokens.append(Token(text, token.index, token.token_id, token.finish_reason))
         if not reader.has_arrived:
-            break
-    return tokens
+            put(tokens)
+            tokens = []
+
+
+def _end(reading: concurrent.futures.Future[None]) -> list[Token] | BaseException:
+    if reading.cancelled():
+        return ClientClosedError("the client was closed")
+    return reading.exception() or []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 import msgspec
 import zmq
@@ -23,6 +25,7 @@ from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.life import Life
+from asyncscale.client.misuse import caller, client_stays_here
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
@@ -33,13 +36,21 @@ from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.state import State, wrong_state
 from asyncscale.client.submission import Submission
 from asyncscale.client.supervisor import Launch
+from asyncscale.client.tracing import Tracing
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.cpus import usable_cpus
 from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.memory import available_memory
+from asyncscale.messages import EngineFacts
+from asyncscale.metrics.snapshot import Counts, Metrics
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+    from asyncscale.notebook.dashboard import Dashboard
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +79,9 @@ class AsyncScaleClient:
     host: None lets clients of this host and user attach, over sockets in a private folder. An address or a name of this
     machine ("127.0.0.1", "10.0.0.1", "::1"; "0.0.0.0" is all its interfaces) lets others attach over tcp, encrypted:
     those who have `address`, which then is a secret.
-    progress: show bars on stderr; None does when it is a terminal.
+    progress: show bars, on stderr or, in a notebook, as widgets; None does there, and when stderr is a terminal.
+    tracer_provider: of OpenTelemetry, for a span of each request, whose parent is the span that is current in the call;
+    None: the global one, once the program has configured it.
     **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
 
     Raises TypeError and ValueError for wrong options here; `start` raises ModelLoadError and EngineStartError.
@@ -89,6 +102,7 @@ class AsyncScaleClient:
         max_queued_tokens: int | None = None,
         host: str | None = None,
         progress: bool | None = None,
+        tracer_provider: TracerProvider | None = None,
         **options: Any,
     ) -> None:
         if num_engines != "auto" and (
@@ -97,17 +111,20 @@ class AsyncScaleClient:
             raise ValueError(f'num_engines must be "auto" or an integer of at least 1, got {num_engines!r}')
         if not isinstance(model, str | os.PathLike | SimulatedModel):
             raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
+        if isinstance(model, str) and model.startswith(("ipc://", "tcp://")):
+            raise ValueError("that is the address of another client: use AsyncScaleClient.attach(address)")
         if host is not None and not isinstance(host, str):
             raise TypeError(f"host must be a string or None, got {type(host).__name__}")
         self._model = model
         self._num_engines = num_engines
-        self._config = engine_config(options)
+        self._config = engine_config(options, AsyncScaleClient.__init__.__kwdefaults__ or ())
         self._start_timeout = start_timeout
         self._max_restarts = max_restarts
         self._hang_timeout = hang_timeout
         self._host = host
         self._progress = progress
-        self._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), None)
+        limits = Limits(restart_timeout, max_queued_requests, max_queued_tokens)
+        self._prepare(routing, limits, Tracing(tracer_provider), None)
 
     @classmethod
     def attach(
@@ -118,7 +135,8 @@ class AsyncScaleClient:
         restart_timeout: float = 60.0,
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
-    ) -> AsyncScaleClient:
+        tracer_provider: TracerProvider | None = None,
+    ) -> Self:
         """A client of engines that another process owns: `address` is that client's `address`.
 
         ::
@@ -130,19 +148,30 @@ class AsyncScaleClient:
         """
         parse(address)
         client = cls.__new__(cls)
-        client._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), address)
+        limits = Limits(restart_timeout, max_queued_requests, max_queued_tokens)
+        client._prepare(routing, limits, Tracing(tracer_provider), address)
         return client
 
-    def _prepare(self, routing: str | Policy, limits: Limits, attach_to: str | None) -> None:
+    def _prepare(self, routing: str | Policy, limits: Limits, tracing: Tracing, attach_to: str | None) -> None:
         self._policy = routing_policy(routing)
+        self._tracing = tracing
         self._limits = limits
         self._attach_to = attach_to
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
         self._life = Life()
+        self._made_at = caller()
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
         self._dispatcher: Dispatcher
         self._submission: Submission
+        # Of what the same cell of a notebook made before.
+        self._closings: list[concurrent.futures.Future[None]] = []
+        if "ipykernel" in sys.modules:
+            from asyncscale.notebook.interrupts import wake_at_signals
+            from asyncscale.notebook.replacement import close_replaced
+
+            wake_at_signals()
+            self._closings = close_replaced(self)
 
     # --- life
 
@@ -150,11 +179,15 @@ class AsyncScaleClient:
         """Fetch the model if need be, start the engines (or attach to them), and return when requests can be served."""
         await self._life.start(self._begin)
         loop, cleanup = asyncio.get_running_loop(), self._life.cleanup
-        finalizer = end_when_forgotten(self, loop, cleanup, self._engines, self._context)
+        finalizer = end_when_forgotten(self, loop, cleanup, self._engines, self._context, self._made_at)
         self._life.run(finalizer, partial(end_now, self._engines, self._context))
         return self
 
     async def _begin(self) -> None:
+        if self._closings:
+            from asyncscale.notebook.replacement import wait_closed
+
+            await wait_closed(self._closings)
         self._context = transport.make_context()
         self._life.cleanup.callback(self._context.destroy, linger=0)
         self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
@@ -187,7 +220,7 @@ class AsyncScaleClient:
             self._use(OwnedEngines(self._context, launch, self._dispatcher))
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
-                    codec = group.create_task(asyncio.to_thread(load_codec, source))
+                    codec = group.create_task(self._load_codec(source))
                     group.create_task(self._engines.start())
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
@@ -208,7 +241,7 @@ class AsyncScaleClient:
     async def _start_attached(self, address: str) -> None:
         self._use(AttachedEngines(self._context, self._identity, address, self._dispatcher))
         await self._engines.start()
-        await self._connect(await asyncio.to_thread(load_codec, self._engines.model))
+        await self._connect(await self._load_codec(self._engines.model))
         logger.debug("attached to %d engines at %s", len(self._engines.roster.members), shown(address))
 
     def _use(self, engines: Engines) -> None:
@@ -216,10 +249,17 @@ class AsyncScaleClient:
         self._life.cleanup.push_async_callback(engines.stop)
         self._life.cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
 
+    async def _load_codec(self, source: ModelSource) -> TextCodec:
+        return await asyncio.to_thread(load_codec, source)
+
     async def _connect(self, codec: TextCodec) -> None:
         await self._dispatcher.wait_engine()  # one that was ready may have died since
         facts = self._engines.roster.members[0].facts
-        self._submission = Submission(Preparation(codec, facts), self._dispatcher)
+        self._tracing.model = self._model_name
+        self._submission = Submission(self._make_preparation(codec, facts), self._dispatcher, self._tracing)
+
+    def _make_preparation(self, codec: TextCodec, facts: EngineFacts) -> Preparation:
+        return Preparation(codec, facts)
 
     async def close(self, drain: bool = True, timeout: float | None = 60.0) -> None:
         """End the client and, if it owns them, its engines.
@@ -242,6 +282,16 @@ class AsyncScaleClient:
             await self._life.wait_closed()  # another task closes it, and perhaps lets requests finish
         else:
             await self.close(drain=False)
+
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError("AsyncScaleClient needs `async with`; synchronous programs use that of asyncscale.blocking")
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def __reduce__(self) -> NoReturn:
+            raise client_stays_here()
 
     # --- requests
 
@@ -333,7 +383,7 @@ class AsyncScaleClient:
             )
 
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return self._submission.submit(encode, SamplingParams.of(params, sampling), options, self)
+        return self._submission.submit(encode, SamplingParams.of(params, sampling), options, self, "chat")
 
     # --- engines
 
@@ -362,6 +412,33 @@ class AsyncScaleClient:
         self._life.check_usable()
         return self._engines.roster.health()
 
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted: requests, tokens, latencies. Asks nobody; from any thread.
+
+        ::
+
+            client.metrics().engines[0].generation_tokens           # the newest that this client knows
+            metrics = await client.metrics()                        # of this moment, the same from every client
+            metrics.requests.time_to_first_token_seconds.quantile(0.99)
+
+        See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
+        Raises ClientStateError.
+        """
+        self._life.check_running()
+        return self._as_metrics(self._engines.counts())
+
+    @property
+    def _model_name(self) -> str:
+        model = self._engines.model
+        return model.name if isinstance(model, CheckpointFiles) else "simulated"
+
+    def _as_metrics(self, counts: Counts) -> Metrics:
+        return Metrics(self._model_name, self._dispatcher.counters.client_id, counts, self._fresh_metrics)
+
+    async def _fresh_metrics(self) -> Metrics:
+        self._life.check_usable()
+        return self._as_metrics(await self._engines.fresh_counts())
+
     @property
     def num_malformed(self) -> int:
         """How many messages were dropped because they made no sense: of engines or owner, or, in an owner, of attached
@@ -373,13 +450,30 @@ class AsyncScaleClient:
     async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 
-            async for loads in client.watch_loads(): ...
+            async for loads in client.watch_loads():
+                if not any(load.waiting for load in loads):
+                    break
 
         Ends when the client is closed.
         """
         while self._life.state is State.RUNNING:
             yield self.engine_loads()
             await self._dispatcher.wait_load_change()
+
+    def dashboard(self) -> Dashboard:
+        """In a notebook, show every engine live: its state, requests that run and wait, KV cache, tokens per second.
+
+        ::
+
+            await client.dashboard()
+
+        It shows itself at once and follows the loads, until its own `close()`, the client's, or until its cell is run
+        again. Any number of them may be open. Raises ImportError without ipywidgets (the extra "notebook").
+        """
+        from asyncscale.notebook.dashboard import Dashboard
+
+        self._life.check_usable()
+        return Dashboard(self)
 
     async def collective_rpc(self, method: str, /, *args: object, timeout: float | None = 60.0) -> list[Any]:
         """Run a registered engine method exactly once on every engine; results in engine order.
@@ -414,6 +508,11 @@ class AsyncScaleClient:
             else f"{self._model!r}, num_engines={self._num_engines}"
         )
         return f"<AsyncScaleClient {what}, {self._life.state.value}>"
+
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.client_card import client_html
+
+        return client_html(self)
 
 
 class _Draining:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, NoReturn, Protocol, Self
 
 import msgspec
 
 from asyncscale.client.choice import ChoiceStream
-from asyncscale.client.completion import Completion
+from asyncscale.client.completion import Completion, Timing
 from asyncscale.client.exceptions import fresh
+from asyncscale.client.misuse import no_attribute, not_on_its_loop, request_stays_here
 from asyncscale.client.stream import RequestStream
-from asyncscale.errors import RequestAbortedError
+from asyncscale.errors import ClientStateError, RequestAbortedError
 from asyncscale.messages import FinishReason
 
 
@@ -73,6 +74,17 @@ class Generation:
 
     __slots__ = ("__weakref__", "_abort", "_client", "_loop", "_stream")
 
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise no_attribute(self, name, "(await generation)")
+
+        def __iter__(self) -> NoReturn:
+            raise TypeError("a Generation is read with `async for`; synchronous programs use asyncscale.blocking")
+
+        def __reduce__(self) -> NoReturn:
+            raise request_stays_here()
+
     def __init__(
         self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None], client: object = None
     ) -> None:
@@ -95,6 +107,11 @@ class Generation:
         """How many tokens have arrived, of all choices."""
         return self._stream.num_tokens
 
+    @property
+    def timing(self) -> Timing:
+        """When what happened, so far; also of one that failed."""
+        return self._stream.timing()
+
     def abort(self) -> None:
         """End it on its engine. Who reads it gets RequestAbortedError. Does nothing when it has ended."""
         if not self._stream.done:
@@ -109,6 +126,8 @@ class Generation:
     def __await__(self) -> Generator[object, None, Completion]:
         stream = self._stream
         while not stream.done:
+            if asyncio._get_running_loop() is not self._loop:
+                raise self._not_on_its_loop()
             try:
                 yield from stream.wait_end().__await__()
             except asyncio.CancelledError:
@@ -120,10 +139,24 @@ class Generation:
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
-        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens>"
+        cure = "`await` gives all of it, `async for` reads it"
+        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: {cure}>"
+
+    def _not_on_its_loop(self) -> ClientStateError:
+        return not_on_its_loop(f"request {self.request_id!r}", self._loop)
+
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.completion_card import generation_html
+
+        return generation_html(self)
 
     def __del__(self) -> None:
-        _abort_unread(self._loop, self._stream, self._abort)
+        if not self._stream.done:  # when the interpreter ends, functions may go before this does
+            _abort_unread(self._loop, self._stream, self._abort, ForgottenError)
+
+
+class ForgottenError(RequestAbortedError):
+    """Nobody has read the request, and nobody can any more: so nobody sees this, but whoever looks at its stream."""
 
 
 class Reader(ABC):
@@ -150,6 +183,8 @@ class Reader(ABC):
         if source.done:
             error = self._generation._stream.error
             raise StopAsyncIteration if error is None else fresh(error)
+        if asyncio._get_running_loop() is not self._generation._loop:
+            raise self._generation._not_on_its_loop()
         try:
             await source.wait_token()
         except asyncio.CancelledError:
@@ -158,7 +193,8 @@ class Reader(ABC):
 
     def __del__(self) -> None:
         generation = self._generation
-        _abort_unread(generation._loop, generation._stream, generation._abort)
+        if not generation.done:
+            _abort_unread(generation._loop, generation._stream, generation._abort)
 
 
 class _ChoiceReader(Reader):
@@ -216,12 +252,15 @@ def _token(choice: ChoiceStream, index: int) -> Token:
 
 
 def _abort_unread(
-    loop: asyncio.AbstractEventLoop, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]
+    loop: asyncio.AbstractEventLoop,
+    stream: RequestStream,
+    abort: Callable[[RequestStream, Exception], None],
+    kind: type[RequestAbortedError] = RequestAbortedError,
 ) -> None:
     """End a request whose reader went away. May run in any thread: wherever the garbage collector does."""
-    if stream.done or loop.is_closed():
+    if loop.is_closed():
         return
-    error = RequestAbortedError(f"request {stream.request_id!r} was left before its end")
+    error = kind(f"request {stream.request_id!r} was left before its end")
     if asyncio._get_running_loop() is loop:
         abort(stream, error)
     else:

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, Protocol, cast
 
+from asyncscale.client.misuse import not_on_its_loop
 from asyncscale.client.state import State, wrong_state
-from asyncscale.errors import ClientClosedError, ClientStateError
+from asyncscale.errors import ClientClosedError
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,16 @@ class Life:
             raise wrong_state(self.state, "use")
         self._check_loop()
 
+    def check_running(self) -> None:
+        """Raises ClientStateError when the client cannot be used now, in whatever thread of its process."""
+        if self.state is not State.RUNNING:
+            raise wrong_state(self.state, "use")
+        if os.getpid() != self._owner_pid:
+            raise not_on_its_loop("this client", self.loop, is_fork=True)
+
     def _check_loop(self) -> None:
         if asyncio._get_running_loop() is not self.loop:
-            is_fork = os.getpid() != self._owner_pid
-            where = "by the process that this one is a fork of" if is_fork else "on another event loop"
-            raise ClientStateError(
-                f"this client was started {where}. "
-                "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
-            )
+            raise not_on_its_loop("this client", self.loop, is_fork=os.getpid() != self._owner_pid)
 
     # --- close
 

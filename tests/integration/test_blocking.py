@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import inspect
 import os
 import signal
@@ -47,7 +48,7 @@ def assert_idle(client: AsyncScaleClient) -> None:
 
 # --- the same client
 
-ONLY_ASYNCHRONOUS = {"dashboard", "metrics"}
+ONLY_ASYNCHRONOUS = {"dashboard"}  # it runs beside the cells of a notebook
 
 
 def public_methods(kind: type) -> dict[str, Any]:
@@ -98,6 +99,8 @@ def test_chat_submit_and_the_rest(client: AsyncScaleClient) -> None:
     assert [load.engine_id for load in client.engine_loads()] == [0, 1]
     assert len({info["pid"] for info in client.collective_rpc("process_info")} | {os.getpid()}) == 3
     assert client.num_malformed == 0
+    assert sum(client.metrics().requests.request_success.values()) == 2
+    assert client.metrics().requests.tokens_received >= 6
     with AsyncScaleClient.attach(client.address) as other:
         assert len(other.generate("x", max_tokens=3, ignore_eos=True).result().token_ids) == 3
 
@@ -138,23 +141,20 @@ def test_several_threads_may_read_one_request_and_each_sees_all_of_it(client: As
     assert texts == {generation.result().text}
 
 
-def test_tokens_that_have_arrived_cross_threads_in_one_go(
-    client: AsyncScaleClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    background, waits = client._background, SimpleQueue[None]()
-    assert background is not None
-    submit = background.submit
+class CountedQueue(SimpleQueue[Any]):
+    num_waits = 0
 
-    def counted(coroutine: Any) -> Any:
-        waits.put(None)
-        return submit(coroutine)
+    def get(self, *arguments: Any, **options: Any) -> Any:
+        CountedQueue.num_waits += self.empty()
+        return super().get(*arguments, **options)
 
-    monkeypatch.setattr(background, "submit", counted)
+
+def test_tokens_that_have_arrived_cost_no_wake_up(client: AsyncScaleClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncscale.blocking.generation.SimpleQueue", CountedQueue)
     generation = client.generate("hello", max_tokens=1000, ignore_eos=True)
     generation.result()
-    assert waits.qsize() == 1
     assert sum(1 for _ in generation) == 1000
-    assert waits.qsize() == 3  # the completion, all tokens, and that there are no more
+    assert CountedQueue.num_waits <= 2  # for all of them, and for the end
 
 
 async def test_it_works_in_a_thread_that_runs_an_event_loop(client: AsyncScaleClient) -> None:
@@ -162,6 +162,25 @@ async def test_it_works_in_a_thread_that_runs_an_event_loop(client: AsyncScaleCl
     assert len(list(generation)) == 5
     completion = await asyncio.wrap_future(client.generate("hello", max_tokens=5, ignore_eos=True).future())
     assert len(completion.token_ids) == 5
+
+
+def test_its_own_thread_is_refused_rather_than_left_waiting_for_itself(client: AsyncScaleClient) -> None:
+    errors: SimpleQueue[BaseException | None] = SimpleQueue()
+    other = client.generate("hello", **LONG)
+
+    def wait(_: object) -> None:
+        for read in (other.result, lambda: list(other), lambda: client.submit("x")):
+            try:
+                read()
+                errors.put(None)
+            except BaseException as error:
+                errors.put(error)
+
+    client.generate("hello", max_tokens=1).future().add_done_callback(wait)
+    for _ in range(3):
+        error = errors.get(timeout=5)
+        assert isinstance(error, ClientStateError)
+        assert "own thread" in str(error)
 
 
 # --- ends
@@ -255,6 +274,19 @@ def test_use_before_start_after_close_and_twice_names_the_cure() -> None:
         with pytest.raises(ClientClosedError, match="it is closed"):
             call()
     assert list(client.watch_loads()) == []
+
+
+def test_a_request_taken_for_its_completion_says_what_to_write() -> None:
+    with AsyncScaleClient(FAST, num_engines=1) as client:
+        generation = client.generate("hello", max_tokens=5, ignore_eos=True)
+        with pytest.raises(AttributeError, match=r"Write `generation\.result\(\)\.text`"):
+            generation.text  # type: ignore[attr-defined]  # noqa: B018
+        assert "`.result()` waits for all of it, `for` reads it" in str(generation)
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copy.copy(generation)
+        assert len(generation.result().token_ids) == 5
+    with pytest.raises(ClientClosedError, match="leaving `with` does that"):
+        client.generate("x")
 
 
 def test_a_start_that_fails_leaves_nothing() -> None:
@@ -361,6 +393,6 @@ client.close()
     assert_prints("True\n3\n3\n", path)
 
 
-def test_the_command_line_of_readme_needs_no_event_loop(workspace: Path) -> None:
+def test_a_program_that_closes_it_is_quiet_with_all_warnings_as_errors(workspace: Path) -> None:
     done = run("-W", "error", blocking_script(workspace, "with AsyncScaleClient(FAST) as client: print(client)\n"))
     assert (done.returncode, done.stderr) == (0, "")
