@@ -310,7 +310,6 @@ class EngineCore:
             del self._clients[request.client]
             del self._weights[request.client]
             self._outbox.forget(request.client)
-        self._counters.ended(request, self._clock())
         self._load_changed()
         if not self._num_alive and not self._accepting:
             _log.debug("drained: no requests are left")
