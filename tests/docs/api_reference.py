@@ -25,7 +25,7 @@ PAGE = Path(__file__).parents[2] / "asyncscale" / "docs" / "api.md"
 
 # Public modules, and what is documented there besides their __all__.
 MODULES: dict[str, tuple[str, ...]] = {
-    "asyncscale": ("asyncscale.config.EngineConfig",),
+    "asyncscale": ("asyncscale.config.EngineConfig", "asyncscale.notebook.dashboard.Dashboard"),
     "asyncscale.blocking": (),
     "asyncscale.metrics": (),
     "asyncscale.testing": (),
