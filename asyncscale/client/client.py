@@ -431,8 +431,7 @@ class AsyncScaleClient:
         See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
         Raises ClientStateError.
         """
-        if self._life.state is not State.RUNNING:
-            raise wrong_state(self._life.state, "use")
+        self._life.check_running()
         return self._as_metrics(self._engines.counts())
 
     @property

@@ -49,6 +49,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_files_that_the_design_names_are_there() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (DOCS / "design.md").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "asyncscale"))] == []
+
+
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings, and those that are written out."""
     text = page.read_text()
