@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from programs import run, script
 
-from asyncscale import AsyncScaleClient, SimulatedModel, blocking
+from asyncscale import AsyncScaleClient, ClientStateError, SimulatedModel, blocking
 from asyncscale.config import EngineConfig
 
 FAST = SimulatedModel(base_ms=0.2)
@@ -61,6 +61,11 @@ del client
     made = [1 + next(i for i, line in enumerate(lines) if call in line) for call in (" await Async", "blocking.A")]
     for line, number, cure in zip(warned, made, ("`async with`", "`with`"), strict=True):
         assert f"made at {path}:{number}: use {cure}" in line
+
+
+def test_use_without_an_event_loop_names_the_blocking_client() -> None:
+    with pytest.raises(ClientStateError, match=r"not started.*asyncscale\.blocking"):
+        AsyncScaleClient(FAST).generate("x")
 
 
 @pytest.mark.parametrize("kind", KINDS)
