@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Self
@@ -12,6 +13,7 @@ from asyncscale.notebook.cells import MadeInCells
 from asyncscale.notebook.engine_rows import EngineRow, engine_rows, held_html, rows_html, rows_text
 from asyncscale.notebook.live_output import LiveOutput
 from asyncscale.notebook.markup import card, note, strong
+from asyncscale.notebook.token_rates import TokenRates
 
 if TYPE_CHECKING:
     from asyncscale.client.client import AsyncScaleClient
@@ -39,7 +41,8 @@ class Dashboard:
         self._output = LiveOutput(text=self.__repr__)
         self._client = weakref.ref(client)
         self._dispatcher = client._dispatcher  # to wait for a change of load, which must not keep the client
-        self._rows: list[EngineRow] = engine_rows(client)
+        self._rates = TokenRates()
+        self._rows: list[EngineRow] = self._look(client)
         self._num_held = self._dispatcher.num_held
         _, replaced = _made.replaced_by(self)
         for earlier in replaced:
@@ -69,7 +72,7 @@ class Dashboard:
 
     async def _follow(self) -> None:
         while (client := self._client()) is not None and client._life.state is State.RUNNING:
-            rows, num_held = engine_rows(client), self._dispatcher.num_held
+            rows, num_held = self._look(client), self._dispatcher.num_held
             del client
             if (rows, num_held) != (self._rows, self._num_held):
                 self._rows, self._num_held = rows, num_held
@@ -79,6 +82,10 @@ class Dashboard:
                 continue
             await asyncio.sleep(_INTERVAL_S)
         self._end("the client is closed")
+
+    def _look(self, client: AsyncScaleClient) -> list[EngineRow]:
+        rates = self._rates.update(self._dispatcher.num_tokens, time.monotonic())
+        return engine_rows(client, rates)
 
     def _end(self, why: str) -> None:
         self._task = None

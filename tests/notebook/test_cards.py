@@ -9,6 +9,7 @@ import pytest
 
 from asyncscale import AsyncScaleClient, ChoiceCompletion, Completion, SimulatedModel, Timing
 from asyncscale.notebook.engine_rows import EngineRow, rows_html, rows_text
+from asyncscale.notebook.token_rates import TokenRates
 
 HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)"> $x^2$ &amp; \u202eevil\n\n  indented'
 
@@ -117,3 +118,13 @@ def test_bars_stay_in_their_frames_and_text_says_the_same() -> None:
     assert [line.split()[0] for line in text] == ["engine", "0", "10"]
     assert text[1].split()[-1] == "12,346"
     assert "tokens/s" not in rows_text([rows[0]._replace(tokens_per_s=None)])
+
+
+def test_rates_are_of_the_last_seconds() -> None:
+    rates = TokenRates()
+    assert rates.update({0: 1000}, 50.0) == {}
+    assert rates.update({0: 1100, 1: 7}, 50.9) == {}
+    assert rates.update({0: 1200, 1: 50}, 51.25) == {0: 160.0, 1: 40.0}
+    assert rates.update({0: 1200, 1: 50}, 52.0) == {0: 160.0, 1: 40.0}
+    assert rates.update({0: 1200, 1: 150}, 52.5) == {0: 0.0, 1: 80.0}
+    assert rates.update({0: 1200, 1: 150}, 90.0) == {}
