@@ -165,3 +165,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def progress_path(self) -> str:
         """Where it shows its progress: see `asyncscale.progress`."""
         return f"{self.folder}/{self.name}.progress"
+
+    @property
+    def counters_path(self) -> str:
+        """Where it counts what it does: see `asyncscale.metrics.engine_counters`."""
+        return f"{self.folder}/{self.name}.counters"

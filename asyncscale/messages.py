@@ -15,6 +15,7 @@ import msgspec
 
 from asyncscale.address import parse, shown
 from asyncscale.config import ModelSource
+from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
 from asyncscale.params import Sampling
 
 PROTOCOL_VERSION = 1
@@ -45,8 +46,15 @@ _MAX_ABORTS = 65_536
 _MAX_ENGINES = 65_536
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 EngineId = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_ENGINES)]
+
+# Rows of numbers, see `asyncscale.metrics.layout`.
+_Cell = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+EngineRow = Annotated[list[_Cell], msgspec.Meta(min_length=ENGINE_LAYOUT.size, max_length=ENGINE_LAYOUT.size)]
+RequestRow = Annotated[list[_Cell], msgspec.Meta(min_length=REQUEST_LAYOUT.size, max_length=REQUEST_LAYOUT.size)]
+RequestRows = Annotated[dict[EngineId | None, RequestRow], msgspec.Meta(max_length=_MAX_ENGINES)]
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -172,24 +180,33 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class Finished(msgspec.Struct, frozen=True, array_like=True):
     """The end of a request. Its last token is in the same or an earlier `Outputs`.
 
-    stop_token_id: the token that ended it, when one of its stop_token_ids did. Times in seconds since the engine had
-    it.
+    stop_token_id: the token that ended it, when one of its stop_token_ids did.
     """
 
     request_id: int
     reason: FinishReason
     stop_token_id: int | None = None
     error: str | None = None
-    num_cached_tokens: Count = 0
-    num_preemptions: Count = 0
-    queued_s: float = 0.0
-    first_token_s: float = 0.0
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """The prompt of a request is computed, and its first token is in the same `Outputs`. Said once by each engine.
+
+    queued_s: seconds from when the engine had it until its first step; prefill_s: from there to the first token.
+    num_cached_tokens: of the prompt, found in the prefix cache.
+    """
+
+    request_id: int
+    queued_s: Seconds
+    prefill_s: Seconds
+    num_cached_tokens: Count
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     """All that one step made for one client.
 
     Request_ids[i] got token_ids[i]; an id with several tokens comes several times. by_client: see `LoadReport`.
+    preempted: ids of requests that lost their KV blocks to others, and will be computed again.
     """
 
     request_ids: list[int]
@@ -201,6 +218,8 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
         tuple[int, list[TokenLogprobs]]
     ] = []  # (request_id, of the next prompt positions; the first is position 1)
     by_client: Shares | None = None
+    started: list[Started] = []
+    preempted: list[int] = []
 
     def __post_init__(self) -> None:
         if len(self.request_ids) != len(self.token_ids):
@@ -354,7 +373,25 @@ class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collecti
     args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
-ToCoordinator = Attach | Detach | CollectiveCall
+class MetricsReport(msgspec.Struct, frozen=True, array_like=True, tag="metrics-report"):
+    """All that the client has counted of its requests so far, by the engine that had them last: so it does no harm if
+    one is lost. round_id: of the MetricsRound that this answers."""
+
+    rows: RequestRows
+    round_id: int | None = None
+
+
+class MetricsQuery(msgspec.Struct, frozen=True, array_like=True, tag="metrics-query"):
+    """What have all engines and clients counted? Answered with MetricsAnswer.
+
+    fresh: after a round over all clients; else with what they reported last.
+    """
+
+    query_id: int
+    fresh: bool
+
+
+ToCoordinator = Attach | Detach | CollectiveCall | MetricsReport | MetricsQuery
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
@@ -416,7 +453,21 @@ class CollectiveResult(msgspec.Struct, frozen=True, array_like=True, tag="collec
     results: list[EngineResult]
 
 
-FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | Farewell
+class MetricsRound(msgspec.Struct, frozen=True, array_like=True, tag="metrics-round"):
+    """Answer with a MetricsReport at once."""
+
+    round_id: int
+
+
+class MetricsAnswer(msgspec.Struct, frozen=True, array_like=True, tag="metrics-answer"):
+    """Answer to MetricsQuery. clients: by what they are called in metrics."""
+
+    query_id: int
+    engines: dict[EngineId, EngineRow]
+    clients: dict[str, RequestRows]
+
+
+FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | MetricsRound | MetricsAnswer | Farewell
 
 
 Message = TypeVar("Message")

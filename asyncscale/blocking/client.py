@@ -21,6 +21,7 @@ from asyncscale.client.misuse import caller
 from asyncscale.client.policies import EngineLoad
 from asyncscale.client.roster import EngineHealth
 from asyncscale.errors import ClientClosedError, ClientStateError
+from asyncscale.metrics import Metrics
 
 
 class AsyncScaleClient:
@@ -148,6 +149,14 @@ class AsyncScaleClient:
     def health(self) -> tuple[EngineHealth, ...]:
         """How every engine is: state, age of its last step, restarts, last error. Asks nobody."""
         return self._running().call(self._client.health)
+
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted until now; see `asyncscale.metrics.Metrics`."""
+
+        async def fresh() -> Metrics:
+            return await self._client.metrics()
+
+        return self._running().run(fresh())
 
     @property
     def num_malformed(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import msgspec
 
 from asyncscale.client import generation as asynchronous
-from asyncscale.client.completion import Completion
+from asyncscale.client.completion import Completion, Timing
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.generation import Token
 from asyncscale.client.misuse import no_attribute, stays_here
@@ -66,6 +66,11 @@ class Generation:
     def num_tokens(self) -> int:
         """How many tokens have arrived, of all choices."""
         return self._generation.num_tokens
+
+    @property
+    def timing(self) -> Timing:
+        """When what happened, so far; also of one that failed."""
+        return self._generation.timing
 
     def abort(self) -> None:
         """End it on its engine. Who reads it gets RequestAbortedError. Does nothing when it has ended."""

@@ -36,16 +36,20 @@ from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.state import State, wrong_state
 from asyncscale.client.submission import Submission
 from asyncscale.client.supervisor import Launch
+from asyncscale.client.tracing import Tracing
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.cpus import usable_cpus
 from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.memory import available_memory
 from asyncscale.messages import EngineFacts
+from asyncscale.metrics.snapshot import Counts, Metrics
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
     from asyncscale.notebook.dashboard import Dashboard
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,8 @@ class AsyncScaleClient:
     machine ("127.0.0.1", "10.0.0.1", "::1"; "0.0.0.0" is all its interfaces) lets others attach over tcp, encrypted:
     those who have `address`, which then is a secret.
     progress: show bars, on stderr or, in a notebook, as widgets; None does there, and when stderr is a terminal.
+    tracer_provider: of OpenTelemetry, for a span of each request, whose parent is the span that is current in the call;
+    None: the global one, once the program has configured it.
     **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
 
     Raises TypeError and ValueError for wrong options here; `start` raises ModelLoadError and EngineStartError.
@@ -96,6 +102,7 @@ class AsyncScaleClient:
         max_queued_tokens: int | None = None,
         host: str | None = None,
         progress: bool | None = None,
+        tracer_provider: TracerProvider | None = None,
         **options: Any,
     ) -> None:
         if num_engines != "auto" and (
@@ -116,7 +123,8 @@ class AsyncScaleClient:
         self._hang_timeout = hang_timeout
         self._host = host
         self._progress = progress
-        self._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), None)
+        limits = Limits(restart_timeout, max_queued_requests, max_queued_tokens)
+        self._prepare(routing, limits, Tracing(tracer_provider), None)
 
     @classmethod
     def attach(
@@ -127,6 +135,7 @@ class AsyncScaleClient:
         restart_timeout: float = 60.0,
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
+        tracer_provider: TracerProvider | None = None,
     ) -> Self:
         """A client of engines that another process owns: `address` is that client's `address`.
 
@@ -139,11 +148,13 @@ class AsyncScaleClient:
         """
         parse(address)
         client = cls.__new__(cls)
-        client._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), address)
+        limits = Limits(restart_timeout, max_queued_requests, max_queued_tokens)
+        client._prepare(routing, limits, Tracing(tracer_provider), address)
         return client
 
-    def _prepare(self, routing: str | Policy, limits: Limits, attach_to: str | None) -> None:
+    def _prepare(self, routing: str | Policy, limits: Limits, tracing: Tracing, attach_to: str | None) -> None:
         self._policy = routing_policy(routing)
+        self._tracing = tracing
         self._limits = limits
         self._attach_to = attach_to
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
@@ -244,7 +255,8 @@ class AsyncScaleClient:
     async def _connect(self, codec: TextCodec) -> None:
         await self._dispatcher.wait_engine()  # one that was ready may have died since
         facts = self._engines.roster.members[0].facts
-        self._submission = Submission(self._make_preparation(codec, facts), self._dispatcher)
+        self._tracing.model = self._model_name
+        self._submission = Submission(self._make_preparation(codec, facts), self._dispatcher, self._tracing)
 
     def _make_preparation(self, codec: TextCodec, facts: EngineFacts) -> Preparation:
         return Preparation(codec, facts)
@@ -368,7 +380,7 @@ class AsyncScaleClient:
             )
 
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return self._submission.submit(encode, SamplingParams.of(params, sampling), options, self)
+        return self._submission.submit(encode, SamplingParams.of(params, sampling), options, self, "chat")
 
     # --- engines
 
@@ -396,6 +408,34 @@ class AsyncScaleClient:
         """
         self._life.check_usable()
         return self._engines.roster.health()
+
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted: requests, tokens, latencies. Asks nobody; from any thread.
+
+        ::
+
+            client.metrics().engines[0].generation_tokens           # the newest that this client knows
+            metrics = await client.metrics()                        # of this moment, the same from every client
+            metrics.requests.time_to_first_token_seconds.quantile(0.99)
+
+        See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
+        Raises ClientStateError.
+        """
+        if self._life.state is not State.RUNNING:
+            raise wrong_state(self._life.state, "use")
+        return self._as_metrics(self._engines.counts())
+
+    @property
+    def _model_name(self) -> str:
+        model = self._engines.model
+        return model.name if isinstance(model, CheckpointFiles) else "simulated"
+
+    def _as_metrics(self, counts: Counts) -> Metrics:
+        return Metrics(self._model_name, self._dispatcher.counters.client_id, counts, self._fresh_metrics)
+
+    async def _fresh_metrics(self) -> Metrics:
+        self._life.check_usable()
+        return self._as_metrics(await self._engines.fresh_counts())
 
     @property
     def num_malformed(self) -> int:

@@ -21,7 +21,8 @@ from asyncscale.client.options import Limits
 from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest
 from asyncscale.client.router import Router
 from asyncscale.client.stream import RequestStream
-from asyncscale.errors import EngineDeadError
+from asyncscale.errors import EngineDeadError, OverloadedError
+from asyncscale.metrics.request_counters import RequestCounters
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,13 @@ class Dispatcher:
         )
         self._router = Router(policy, first_turn=int.from_bytes(identity[-2:]))
         self._live = LiveRequests()
-        self._intake = Intake(self._live, self._router, self)
+        self.counters = RequestCounters(identity)
+        self._intake = Intake(self._live, self._router, self, self.counters)
         self._held = HoldQueue()
         self._admission = Admission(
             self._held, limits.max_queued_requests, limits.max_queued_tokens, self._num_waiting_at
         )
+        self.counters.num_held = lambda: len(self._held) + len(self._admission)
         self._dispatching: asyncio.Handle | None = None
         self._mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._load_waiters: set[asyncio.Future[None]] = set()
@@ -160,7 +163,10 @@ class Dispatcher:
 
     def _move(self, request: RequestStream) -> None:
         """Have what is left of the request done anew."""
+        self.counters[request.engine_id].moved()
         request.num_moves += 1
+        if request.span is not None:
+            request.span.moved(request.engine_id)
         request.engine_id = None
         self._live.renumber(request)
         if request.pinned_engine is None:
@@ -279,7 +285,11 @@ class Dispatcher:
         if admission:
             self._dispatch_held()  # what became free in this very tick is for those who wait
         if pinned_engine is not None or not self._has_room():
-            admission.check(pinned_engine, num_tokens)
+            try:
+                admission.check(pinned_engine, num_tokens)
+            except OverloadedError:
+                self.counters.rejected()
+                raise
 
     def _num_waiting_at(self, engine_id: int) -> int:
         """This client's requests that wait for a slot of this engine alone, or for it to return."""
@@ -336,6 +346,7 @@ class Dispatcher:
 
     def request_ended(self, request: RequestStream) -> None:
         """Forget a request that has all its tokens or failed. Called by its stream."""
+        self.counters.ended(request, time.monotonic())
         if request.error is None:
             num_tokens = request.num_tokens / len(request.choices)
             self._mean_output_tokens += _MEAN_OUTPUT_WEIGHT * (num_tokens - self._mean_output_tokens)
@@ -393,6 +404,10 @@ class Dispatcher:
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
         request.scores = scores
+        if request.first_token_at is None:
+            request.queued_at = request.sent_at
+        if request.num_moves == 0:
+            self.counters[engine_id].held(request.sent_at - request.arrival)
 
     def abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:
         """Have the engine end these of its choices."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, Self
 import msgspec
 
 from asyncscale.client.choice import ChoiceStream
-from asyncscale.client.completion import Completion
+from asyncscale.client.completion import Completion, Timing
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.misuse import no_attribute, not_on_its_loop, stays_here
 from asyncscale.client.stream import RequestStream
@@ -106,6 +106,11 @@ class Generation:
     def num_tokens(self) -> int:
         """How many tokens have arrived, of all choices."""
         return self._stream.num_tokens
+
+    @property
+    def timing(self) -> Timing:
+        """When what happened, so far; also of one that failed."""
+        return self._stream.timing()
 
     def abort(self) -> None:
         """End it on its engine. Who reads it gets RequestAbortedError. Does nothing when it has ended."""

@@ -24,6 +24,7 @@ from asyncscale.client.spawn import start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
 from asyncscale.engine.process import run_engine
 from asyncscale.errors import EngineError, EngineStartError, ModelLoadError
+from asyncscale.metrics import engine_counters
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class Supervisor:
         if not self._has_folder:  # not before there is an engine that removes it when this process is killed
             transport.make_runtime_folder(self.folder)
             self._has_folder = True
+        engine_counters.make_file(spec.counters_path)  # before the other one, which the engine waits for
         progress.make_file(spec.progress_path)
 
     # --- what engines say
@@ -235,6 +237,7 @@ class Supervisor:
         now = self._loop.time()
         for engine in self.engines.values():
             if engine.verdict is None and engine.hangs(now):
+                engine.hung = True
                 engine.kill("(it hung, without progress, and was killed)")
         self._look_later()
 

@@ -58,6 +58,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
         # Imported here, after the line above; and whoever starts engines imports this module, but needs none of that.
         from asyncscale.engine.core import EngineCore
         from asyncscale.engine.server import EngineServer
+        from asyncscale.metrics.engine_counters import EngineCounters
 
         started = time.monotonic()
         runner = _make_runner(spec, lambda phase, fraction: tell(messages.Loading(phase, fraction)))
@@ -81,7 +82,9 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
         )
         progress = Progress(spec.progress_path)
         runner.progress = progress
-        server = EngineServer(EngineCore(runner, spec.config), socket, spec.num_engines, progress)
+        counters = EngineCounters(spec.counters_path)
+        core = EngineCore(runner, spec.config, counters=counters)
+        server = EngineServer(core, socket, spec.num_engines, progress, counters)
     except BaseException as error:
         text = traceback.format_exc()
         tell(messages.Failed(text, str(error) if isinstance(error, ModelLoadError) else None))

@@ -36,7 +36,7 @@ async def wait_until(
 
     ::
 
-        await wait_until(lambda: client.engine_loads()[0].running == 3, "three requests run")
+        await wait_until(lambda: client.engine_loads()[0].waiting == 0, "nobody waits")
 
     timeout: seconds. Raises TimeoutError, which says what did not come true.
     """

@@ -27,6 +27,8 @@ PAGE = Path(__file__).parents[2] / "asyncscale" / "docs" / "api.md"
 MODULES: dict[str, tuple[str, ...]] = {
     "asyncscale": ("asyncscale.config.EngineConfig",),
     "asyncscale.blocking": (),
+    "asyncscale.metrics": (),
+    "asyncscale.testing": (),
 }
 
 _WIDTH = 100
@@ -66,7 +68,7 @@ def _render_object(documented: Any, title: str) -> Iterator[str]:
         yield from _render_errors()
     yield f"### {title}"
     if not inspect.isclass(documented):
-        yield _signature(documented, documented.__name__)
+        yield _signature(documented, _kind(documented) + documented.__name__)
         yield _docstring(documented)
         return
     bases = [base.__name__ for base in documented.__bases__ if base not in (object, msgspec.Struct, tuple)]

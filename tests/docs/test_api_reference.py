@@ -30,15 +30,16 @@ def test_the_examples_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> N
         closing_in(page.runner, page.runner.run(start())) as client,
         asyncscale.blocking.AsyncScaleClient(MODEL, num_engines=2) as blocking,
     ):
+        histogram = client.metrics().requests.time_to_first_token_seconds
         names = {"prompt": "Hello", "prompts": ["One", "Two"], "address": client.address, "model": MODEL}
+        names |= {"histogram": histogram, "earlier": histogram, "later": histogram}
         for block in page.blocks:
-            section = [line for line in text[: block.line] if line.startswith("## ")][-1]
+            section = [line for line in text[: block.line] if line.startswith("## ")][-1].removeprefix("## ")
             page.namespace.clear()
-            page.namespace |= {"__name__": "__main__", **names_of_users(), **names, "client": client}
-            if section == "## asyncscale.blocking":
-                generations = [blocking.generate(prompt) for prompt in names["prompts"]]
-                page.namespace |= vars(asyncscale.blocking) | {"client": blocking}
-                page.namespace |= {"generations": generations, "generation": generations[0]}
+            page.namespace |= {"__name__": "__main__"} | names_of_users(section) | names | {"client": client}
+            if section == "asyncscale.blocking":
+                generations = [blocking.generate(prompt) for prompt in ("One", "Two")]
+                page.namespace |= {"client": blocking, "generations": generations, "generation": generations[0]}
             block.evaluate()
         assert len(page.blocks) > 15
 
@@ -55,8 +56,8 @@ async def start() -> asyncscale.AsyncScaleClient:
     return await asyncscale.AsyncScaleClient(MODEL, num_engines=2).start()
 
 
-def names_of_users() -> dict[str, Any]:
+def names_of_users(module: str) -> dict[str, Any]:
     """What who reads an example has imported."""
     names: dict[str, Any] = {}
-    exec("import asyncio, concurrent.futures\nfrom asyncscale import *", names)
+    exec(f"import asyncio, concurrent.futures\nfrom asyncscale import *\nfrom {module} import *", names)
     return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -72,6 +73,11 @@ def in_flight(http: httpx.Client) -> int:
     return sum(engine["in_flight"] for engine in http.get("/health").json().values())
 
 
+def num_generated(http: httpx.Client) -> float:
+    counts = re.findall(r"^asyncscale:generation_tokens_total.* (\S+)$", http.get("/metrics/").text, re.MULTILINE)
+    return sum(map(float, counts))
+
+
 def events(lines: Iterator[str]) -> Iterator[str]:
     for line in lines:
         if line.startswith("data: ") and line != "data: [DONE]":
@@ -93,6 +99,8 @@ def test_two_workers_stream_from_shared_engines(serve: Serve) -> None:
         assert wrong.status_code == 400
         assert "max_tokens" in wrong.json()["detail"]
 
+        wait_until(lambda: num_generated(http) >= 24, "a scrape shows the tokens of both requests")
+
         workers = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
         assert len(workers) >= 2
 
@@ -103,7 +111,8 @@ def test_a_reader_that_disconnects_frees_its_slot(serve: Serve, stream: bool) ->
     with serve(f"{SLOW_MODEL}, num_engines=1") as http:
         if stream:
             with http.stream("POST", "/generate", json=endless) as response:
-                assert next(events(response.iter_lines()))
+                tokens = events(response.iter_lines())  # httpx closes the connection when nobody refers to this
+                assert next(tokens)
                 wait_until(lambda: in_flight(http) == 1, "the other worker knows of it")
         else:
             with pytest.raises(httpx.ReadTimeout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 from pathlib import Path
 
@@ -49,3 +50,11 @@ def test_every_page_is_in_the_index() -> None:
     index = (DOCS / "index.md").read_text()
     missing = [page.name for page in DOCS.rglob("*.md") if f"({page.relative_to(DOCS)})" not in index]
     assert missing == ["index.md"], f"add them to {DOCS / 'index.md'}"
+
+
+def test_every_page_is_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["asyncscale"].split()
+    installed = {path for pattern in patterns for path in (ROOT / "asyncscale").glob(pattern)}
+    assert installed >= set(DOCS.rglob("*.md"))

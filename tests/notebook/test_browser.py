@@ -122,7 +122,8 @@ def test_the_dashboard_moves_and_can_be_read(lab: tuple[str, Path], theme: str) 
     url, folder = lab
     path = folder / f"{theme}.ipynb"
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}  # else a dialog asks for it
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
@@ -144,7 +145,8 @@ def test_the_dashboard_moves_and_can_be_read(lab: tuple[str, Path], theme: str) 
 
 
 def command(page: Any, name: str, **arguments: Any) -> None:
-    page.evaluate("([name, arguments]) => window.jupyterapp.commands.execute(name, arguments)", [name, arguments])
+    # Not to its end: the running of a cell is one that the picture is taken during.
+    page.evaluate("([name, args]) => { window.jupyterapp.commands.execute(name, args); }", [name, arguments])
 
 
 def run_cells(page: Any, *numbers: int) -> None:
