@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 import zmq
@@ -255,11 +255,6 @@ class Dispatcher:
     def num_in_flight(self) -> int:
         """Requests that have not ended, of all clients as far as is known."""
         return max(self.num_live, sum(load.in_flight for load in self.loads()))
-
-    @property
-    def num_tokens(self) -> Mapping[int, int]:
-        """Tokens of this client's requests so far, by engine."""
-        return self._intake.num_tokens
 
     @property
     def num_held(self) -> int:

@@ -36,7 +36,6 @@ class Intake:
         self._router = router
         self._ending = ending
         self.num_malformed = 0  # messages that were dropped because they made no sense
-        self.num_tokens: dict[int, int] = {}  # that came, by engine
 
     def on_nonsense(self, engine_id: int) -> None:
         """A message was dropped: it may have held tokens of any request aboard, which would go on without them."""
@@ -49,7 +48,6 @@ class Intake:
     def on_outputs(self, engine_id: int, vocab_size: int, outputs: messages.Outputs) -> None:
         """Take in what a step made. Who is woken runs when all of the message has been taken in."""
         token_ids = outputs.token_ids
-        self.num_tokens[engine_id] = self.num_tokens.get(engine_id, 0) + len(token_ids)
         if token_ids and (max(token_ids) >= vocab_size or min(token_ids) < 0):
             self._end_impossible(engine_id, vocab_size, outputs)
         if outputs.logprobs or outputs.prompt_logprobs:

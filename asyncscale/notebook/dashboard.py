@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import weakref
 from collections.abc import Generator
@@ -17,6 +18,8 @@ from asyncscale.notebook.token_rates import TokenRates
 
 if TYPE_CHECKING:
     from asyncscale.client.client import AsyncScaleClient
+
+logger = logging.getLogger(__name__)
 
 # Between two pictures, at least.
 _INTERVAL_S = 0.1
@@ -48,6 +51,8 @@ class Dashboard:
         for earlier in replaced:
             earlier.close()
         self._task: asyncio.Task[None] | None = asyncio.get_running_loop().create_task(self._follow())
+        # In time for the last picture to be among the outputs of the cell that closes the client.
+        client._life.cleanup.callback(_end_with_client, weakref.ref(self))
         self._output.draw(self._html())
         self._output.show()
 
@@ -62,9 +67,7 @@ class Dashboard:
 
     def close(self) -> None:
         """Stop, and leave the last picture. Idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            self._end("this dashboard was closed")
+        self._end("this dashboard was closed")
 
     def __await__(self) -> Generator[Any, None, Self]:
         yield from asyncio.sleep(0).__await__()
@@ -81,15 +84,16 @@ class Dashboard:
                 await self._dispatcher.wait_load_change()
                 continue
             await asyncio.sleep(_INTERVAL_S)
-        self._end("the client is closed")
 
     def _look(self, client: AsyncScaleClient) -> list[EngineRow]:
-        rates = self._rates.update(self._dispatcher.num_tokens, time.monotonic())
-        return engine_rows(client, rates)
+        counts = {engine_id: engine.generation_tokens for engine_id, engine in client.metrics().engines.items()}
+        return engine_rows(client, self._rates.update(counts, time.monotonic()))
 
     def _end(self, why: str) -> None:
-        self._task = None
-        self._output.end(self._html(why))
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+            self._output.end(self._html(why))
 
     def _html(self, why_ended: str | None = None) -> str:
         notes = [] if why_ended is None else [note(f"{why_ended}; this is how it was last")]
@@ -100,3 +104,12 @@ class Dashboard:
 
     def __repr__(self) -> str:
         return f"<Dashboard, {'closed' if self.closed else 'live'}>\n{rows_text(self._rows)}"
+
+
+def _end_with_client(dashboard: weakref.ref[Dashboard]) -> None:
+    if (alive := dashboard()) is None:
+        return
+    try:
+        alive._end("the client is closed")
+    except Exception:  # a frontend that is gone must not keep the engines from ending
+        logger.exception("the last picture of a dashboard could not be shown")
