@@ -31,6 +31,9 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     seed (when sampling) and position. About one token in `mean_output_tokens` is the end-of-sequence token.
     output_period: other tokens come again after so many; such text is easy to guess. 0 is never.
 
+    replies: what is said to a prompt, chats included, that contains a text: the first that fits, a token for each byte,
+    then the end. {"": "Fine."} fits every prompt.
+
     faults: what happens to the engine in a step that computes a request whose prompt holds this token id, for tests of
     what a program does then: "error" (the request fails, and nothing else), "raise" (an exception), "exit" (code 3),
     "kill" (by SIGKILL, as when memory runs out), "segfault", "hang" (the step never ends).
@@ -45,6 +48,7 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     mean_output_tokens: int = 64
     output_period: int = 0
     load_s: float = 0.0
+    replies: dict[str, str] = {}
     faults: dict[int, Fault] = {}
 
     def __post_init__(self) -> None:

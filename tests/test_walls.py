@@ -78,8 +78,14 @@ def test_decisions_do_no_io() -> None:
         "engine/block_pool.py",
         "messages.py",
         "params.py",
+        "tandem",
     )
     assert violations(pure, "zmq", "socket", "subprocess", "multiprocessing", "threading", "os") == []
+
+
+def test_engines_in_tandem_know_neither_engine_nor_client() -> None:
+    others = ("asyncio", "torch", "asyncscale.engine", "asyncscale.client", "asyncscale.model")
+    assert violations(files("tandem"), *others) == []
 
 
 def test_only_what_is_named_after_it_imports_torch() -> None:

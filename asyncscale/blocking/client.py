@@ -10,14 +10,14 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from asyncscale.background import BackgroundLoop
 from asyncscale.blocking.generation import Generation
 from asyncscale.blocking.signatures import arguments_of, arguments_of_method
 from asyncscale.client import client as asynchronous
 from asyncscale.client import generation as asynchronous_generation
-from asyncscale.client.misuse import caller
+from asyncscale.client.misuse import caller, client_stays_here
 from asyncscale.client.policies import EngineLoad
 from asyncscale.client.roster import EngineHealth
 from asyncscale.errors import ClientClosedError, ClientStateError
@@ -104,6 +104,9 @@ class AsyncScaleClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(drain=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise client_stays_here()
 
     # --- requests
 

@@ -25,7 +25,7 @@ from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.life import Life
-from asyncscale.client.misuse import caller
+from asyncscale.client.misuse import caller, client_stays_here
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
@@ -290,6 +290,9 @@ class AsyncScaleClient:
 
         def __exit__(self, *_: object) -> None: ...
 
+        def __reduce__(self) -> NoReturn:
+            raise client_stays_here()
+
     # --- requests
 
     def generate(
@@ -421,8 +424,7 @@ class AsyncScaleClient:
         See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
         Raises ClientStateError.
         """
-        if self._life.state is not State.RUNNING:
-            raise wrong_state(self._life.state, "use")
+        self._life.check_running()
         return self._as_metrics(self._engines.counts())
 
     @property

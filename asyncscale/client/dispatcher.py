@@ -334,7 +334,7 @@ class Dispatcher:
     def _has_room(self) -> bool:
         return not self._held and self._router.has_room(time.monotonic())
 
-    def abort(self, request: RequestStream, error: Exception) -> None:
+    def abort(self, request: RequestStream, error: BaseException) -> None:
         """End the request with `error`, here at once and on its engine as soon as it hears."""
         self.abort_on_engine(request, [choice.wire_id for choice in request.open_choices])
         request.fail(error)
@@ -430,7 +430,7 @@ class Dispatcher:
             self._load_watcher(engine_id, report)
         self.report(engine_id, report.load)
 
-    def abort_all(self, error: Exception) -> None:
+    def abort_all(self, error: BaseException) -> None:
         """End every request with `error`."""
         for request in self._live:
             self.abort(request, error)

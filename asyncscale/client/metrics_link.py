@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from asyncscale import messages
 from asyncscale.client.metrics_hub import ROUND_TIMEOUT_S
 from asyncscale.metrics.catalog import ENGINE_LAYOUT
 from asyncscale.metrics.request_counters import RequestCounters
-from asyncscale.metrics.snapshot import Counts, RequestRows
+from asyncscale.metrics.snapshot import Counts, EngineRows, RequestRows
 
 # A client that counts something reports it so often. One that is idle says nothing.
 _REPORT_INTERVAL_S = 0.5
@@ -29,14 +29,19 @@ class MetricsLink:
         link.counts()               # at once, from any thread: the owner's newest answer, and what this client counts
         await link.fresh()          # after a round over all clients
 
-    own: what this client counts. send: to the coordinator, when the client is let in.
+    own: what this client counts. engine_ids: of the engines that it knows. send: to the coordinator.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, own: RequestCounters, send: Callable[[messages.ToCoordinator], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        own: RequestCounters,
+        engine_ids: Callable[[], Sequence[int]],
+        send: Callable[[messages.ToCoordinator], None],
     ) -> None:
         self._loop = loop
         self._own = own
+        self._engine_ids = engine_ids
         self._send = send
         self._newest = Counts({}, {})
         self._query_ids = itertools.count()
@@ -88,6 +93,8 @@ class MetricsLink:
 
     async def fresh(self) -> Counts:
         """What is so now; what was so before, if the owner does not answer."""
+        if not self._is_open:
+            return self.counts()
         query_id, answer = next(self._query_ids), self._loop.create_future()
         self._queries[query_id] = answer
         self._send(messages.MetricsQuery(query_id, fresh=True))
@@ -106,8 +113,10 @@ class MetricsLink:
             query.set_result(None)
 
     def _with_own(self, counts: Counts) -> Counts:
+        """And engines of which the owner has said nothing yet: they are there."""
         own: dict[str, RequestRows] = {self._own.client_id: self._own.rows()}
-        return Counts(counts.engines, {**counts.clients, **own})
+        new: EngineRows = {key: _row_of_new_engine() for key in self._engine_ids() if key not in counts.engines}
+        return Counts({**counts.engines, **new}, {**counts.clients, **own})
 
     def _is_looking(self) -> bool:
         return time.monotonic() < self._looked_at + _LOOK_S
@@ -139,3 +148,9 @@ class MetricsLink:
         for query in self._queries.values():
             if not query.done():
                 query.set_result(None)
+
+
+def _row_of_new_engine() -> list[int]:
+    row = ENGINE_LAYOUT.zeros()
+    row[ENGINE_LAYOUT.at("engine_up")] = 1
+    return row

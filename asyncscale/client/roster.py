@@ -49,6 +49,11 @@ class Roster:
         return [self._members[engine_id] for engine_id in sorted(self._members)]
 
     @property
+    def engine_ids(self) -> list[int]:
+        """Of the engines that take requests, in order. From any thread."""
+        return sorted(self._members)
+
+    @property
     def left(self) -> list[messages.Left]:
         """The engines that died and are not back, in order."""
         return [self._left[engine_id] for engine_id in sorted(self._left)]

@@ -100,7 +100,7 @@ class RequestStream:
         self.engine_id: int | None = None
         self.scores: dict[int, float] = {}  # of every engine, when it was sent
         self.order = wire_id  # of arrival at this client
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.done = False
         self.timer: asyncio.TimerHandle | None = None
         self.span: RequestSpan | None = None  # if it is traced
@@ -166,7 +166,7 @@ class RequestStream:
         if self._num_open == 0:
             self._end()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End with an error. The first ending wins."""
         if not self.done:
             self.error = error

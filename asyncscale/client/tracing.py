@@ -9,6 +9,7 @@ Extra `tracing` (opentelemetry-api). Nothing of it is imported here before a pro
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
@@ -117,11 +118,11 @@ class RequestSpan:
         except Exception:  # of a processor or exporter of the program's: other requests go on
             logger.exception("cannot end the span of request %r", request.request_id)
 
-    def _set_error(self, error: Exception) -> None:
+    def _set_error(self, error: BaseException) -> None:
         from opentelemetry.trace import StatusCode
 
         text = str(error.args[0]) if error.args else str(error)
-        if isinstance(error, RequestAbortedError | ClientClosedError):  # somebody wanted that
+        if isinstance(error, RequestAbortedError | ClientClosedError | asyncio.CancelledError):  # somebody wanted that
             self._span.add_event("asyncscale.aborted", {"asyncscale.reason": text})
             return
         self._span.set_attribute("error.type", f"{type(error).__module__}.{type(error).__qualname__}")

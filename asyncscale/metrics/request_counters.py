@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,6 @@ class EngineRow:
         self._generation_tokens = LAYOUT.observer(cells, "request_generation_tokens")
         self._n = LAYOUT.observer(cells, "request_params_n")
         self._max_tokens = LAYOUT.observer(cells, "request_params_max_tokens")
-
-    def received(self, num_tokens: int) -> None:
-        """So many tokens came that requests wanted."""
-        self.cells[_RECEIVED] += num_tokens
 
     def moved(self) -> None:
         """A request was taken from this engine, which had not finished it."""
@@ -82,6 +79,15 @@ class RequestCounters:
             row = self._rows[engine_id] = EngineRow()
         return row
 
+    def received(self, engine_id: int, num_tokens: int, gap: float, num_alike: int) -> None:
+        """A message has come with so many tokens that requests wanted: most of them, `num_alike`, to sequences that
+        had got their token before it `gap` seconds ago. (In one call, as this is done for every message.)"""
+        row = self._rows.get(engine_id) or self[engine_id]
+        row.cells[_RECEIVED] += num_tokens
+        if num_alike:
+            row.inter_token_latency(gap, num_alike)
+        self.on_change()
+
     def ended(self, request: RequestStream, now: float) -> None:
         """A request has all its tokens, or failed."""
         self[request.engine_id].ended(request, now)
@@ -114,7 +120,7 @@ def _outcome(request: RequestStream) -> str:
             return request.choices[0].finish_reason or "error"
         case RequestTimeoutError():
             return "timeout"
-        case RequestAbortedError() | ClientClosedError():
+        case RequestAbortedError() | ClientClosedError() | CancelledError():
             return "abort"
         case _:
             return "error"

@@ -14,7 +14,6 @@ from asyncscale.client.generation import ForgottenError, Generation
 from asyncscale.client.preparation import Preparation
 from asyncscale.client.stream import RequestStream
 from asyncscale.config import ModelSource
-from asyncscale.errors import ClientClosedError
 from asyncscale.messages import EngineFacts
 from asyncscale.tokenization.codec import TextCodec
 
@@ -118,6 +117,7 @@ class ClientScope:
 async def settle(client: AsyncScaleClient) -> None:
     """When this returns, the engines have forgotten the client's requests, and the next test finds them idle."""
     with suppress(Exception):  # of engines that are dead or stopped, or gone with their owner
-        client._dispatcher.abort_all(ClientClosedError("the test is over"))
+        # Tasks that the test left behind end as their loop would end them, and not with an error that nobody takes.
+        client._dispatcher.abort_all(asyncio.CancelledError("the test is over"))
         async with asyncio.timeout(_SETTLE_TIMEOUT_S):
             await client.collective_rpc("process_info")  # answered by each after it has taken the aborts before it

@@ -6,13 +6,11 @@ test. For any other plugin, or a hook of the user's conftest, the test function 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
-from unittest import TestCase
 
 import pytest
 
@@ -45,7 +43,7 @@ def enter(request: pytest.FixtureRequest, scope_fixture: str) -> None:
     elif runs_asyncio and not runs_anyio:
         request.config.pluginmanager.import_plugin("asyncscale.testing.pytest_asyncio_fixtures")
         request.getfixturevalue(f"{scope_fixture}_entered_in_{_loop_scope(item)}_loop")
-    elif isinstance(item, pytest.Function) and not issubclass(item.cls or object, TestCase):
+    elif isinstance(item, pytest.Function) and not _is_of_unittest(item):
         item.stash.setdefault(_wrapped, []).append(request.getfixturevalue(scope_fixture))
     else:
         pytest.fail(
@@ -72,6 +70,8 @@ def scopes_entered_by_test(item: pytest.Item) -> Iterator[None]:
 def _entering(test: Callable[..., Awaitable[object]], scopes: list[ClientScope]) -> Callable[..., Awaitable[object]]:
     @functools.wraps(test)
     async def entered(*args: Any, **kwargs: Any) -> object:
+        import asyncio
+
         if asyncio._get_running_loop() is None:
             pytest.fail("asyncscale runs on asyncio, and something else runs this test", pytrace=False)
         async with contextlib.AsyncExitStack() as stack:
@@ -88,6 +88,12 @@ def _is_of_pytest_asyncio(item: pytest.Item) -> bool:
     import pytest_asyncio
 
     return pytest_asyncio.is_async_test(item)
+
+
+def _is_of_unittest(item: pytest.Function) -> bool:
+    from unittest import TestCase
+
+    return issubclass(item.cls or object, TestCase)
 
 
 def _loop_scope(item: pytest.Item) -> str:

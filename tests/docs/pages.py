@@ -86,9 +86,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def program_environment() -> dict[str, str]:
-    """For programs of the pages: they find this interpreter and the library, installed or not."""
+    """For programs of the pages: they find this interpreter, the library and its pytest plugin, installed or not."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTEST_PLUGINS": "asyncscale.testing"}
 
 
 async def _close_clients(namespace: dict[str, object]) -> None:

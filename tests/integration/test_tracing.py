@@ -312,3 +312,29 @@ asyncio.run(main())
     )
     expected = {"before": 2, "after": 1, "never": 0, "not imported": 0}
     assert (result.stdout, result.stderr) == (f"{expected[configured]}\n", "")
+
+
+async def test_a_client_that_is_attached_has_a_provider_of_its_own(spans: Spans) -> None:
+    async with (
+        AsyncScaleClient(MODEL, num_engines=1) as owner,
+        AsyncScaleClient.attach(owner.address, tracer_provider=spans.provider) as attached,
+    ):
+        await asyncio.gather(*(client.generate("hello", max_tokens=2) for client in (owner, attached)))
+    assert spans.only().name == "text_completion simulated"
+
+
+async def test_a_request_that_waits_in_turn_until_its_client_is_closed(spans: Spans) -> None:
+    client = AsyncScaleClient(
+        MODEL, num_engines=1, max_num_seqs=1, max_queued_requests=0, tracer_provider=spans.provider
+    )
+    async with client:
+        running = client.generate("hello", **ENDLESS)
+        waiting = asyncio.create_task(client.submit("hello", **ENDLESS))
+        await asyncio.sleep(0)
+        assert spans.all() == ()
+    with pytest.raises(ClientClosedError):
+        await waiting
+    with pytest.raises(ClientClosedError):
+        await running
+    assert [events(span)[-1] for span in spans.all()] == ["asyncscale.aborted"] * 2
+    assert {attributes(span).get("gen_ai.latency.time_in_queue") is None for span in spans.all()} == {True, False}

@@ -30,6 +30,13 @@ async def test_private(asyncscale_client_factory):
     client = await asyncscale_client_factory()
     kept.append(await client.submit("x", request_id="private", **LONG))
 
+async def test_task(asyncscale_client):
+    async def read():
+        return await asyncscale_client.generate("x", request_id="task", **LONG)
+
+    kept.append(asyncio.create_task(read()))
+    await asyncio.sleep(0)
+
 def test_blocking(asyncscale_client):
     kept.append(asyncscale_client.generate("x", request_id="blocking", **LONG))
 
@@ -76,8 +83,9 @@ async def test_a_fixture_ends_it(background):
 
 def test_a_test_that_leaves_requests_behind_fails_with_their_names(run_pytest: RunPytest) -> None:
     result = run_pytest(ini=AUTO, test_left_behind=LEFT_BEHIND)
-    result.assert_outcomes(passed=7, errors=6)
-    for name in ("unread", "not-awaited", "kept", "private", "blocking"):
+    result.assert_outcomes(passed=8, errors=7)
+    assert result.errlines == []
+    for name in ("unread", "not-awaited", "kept", "private", "task", "blocking"):
         result.stdout.fnmatch_lines(f"the test left a request behind: '{name}'. *")
     result.stdout.fnmatch_lines("the test left 200 requests behind: 'request-0', *, 'request-9' and 190 more. *")
 
@@ -104,6 +112,7 @@ def test_of_a_test_that_fails_the_failure_is_reported_and_nothing_else(run_pytes
 
             @pytest.mark.timeout(0.1, func_only=True)
             async def test_takes_too_long(asyncscale_client):
+                await asyncscale_client.collective_rpc("pause")
                 async for token in asyncscale_client.generate("x", **LONG):
                     pass
 
