@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from asyncscale.background import BackgroundLoop
 from asyncscale.blocking.generation import Generation
@@ -107,6 +107,13 @@ class AsyncScaleClient:
 
     def __reduce__(self) -> NoReturn:
         raise client_stays_here()
+
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        async def __aenter__(self) -> NoReturn:
+            raise TypeError("the client of asyncscale.blocking is for `with`: that for `async with` is asyncscale's")
+
+        async def __aexit__(self, *_: object) -> None: ...
 
     # --- requests
 

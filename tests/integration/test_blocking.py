@@ -289,6 +289,17 @@ def test_a_request_taken_for_its_completion_says_what_to_write() -> None:
         client.generate("x")
 
 
+async def test_async_syntax_names_the_asynchronous_client(client: AsyncScaleClient) -> None:
+    with pytest.raises(TypeError, match="that for `async with` is asyncscale's"):
+        async with AsyncScaleClient(FAST):  # type: ignore[attr-defined]
+            pass
+    generation: Any = client.generate("hello", max_tokens=1)
+    with pytest.raises(TypeError, match=r"a Generation of asyncscale\.blocking"):
+        await generation
+    with pytest.raises(TypeError, match=r"a Generation of asyncscale\.blocking"):
+        [token async for token in generation]
+
+
 def test_a_start_that_fails_leaves_nothing() -> None:
     with pytest.raises(asyncscale.ModelLoadError, match="no-such-model"):
         AsyncScaleClient("no-such-model").start()
