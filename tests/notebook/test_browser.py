@@ -166,7 +166,10 @@ def run_cells(page: Any, *numbers: int) -> None:
     """These cells, counted from 0."""
     for number in numbers:
         prompt = page.locator(".jp-CodeCell").nth(number).locator(".jp-InputPrompt")
-        while prompt.text_content() == "[ ]:":  # a notebook that is still being drawn hears no keys
+        while (
+            prompt.text_content() == "[ ]:"
+        ):  # a notebook that is being drawn hears no keys, or its kernel is not there
+            page.keyboard.press("Escape")  # the dialog that says so
             prompt.click()
             page.keyboard.press("Shift+Enter")
             page.wait_for_timeout(200)
