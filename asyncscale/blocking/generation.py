@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NOT_ASYNCHRONOUS = (
+    "this is a Generation of asyncscale.blocking, for `for` and `.result()`; "
+    "await asyncio.wrap_future(generation.future()), or use asyncscale's AsyncScaleClient"
+)
+
 
 class Generation:
     """A request under way. Read it token by token, or wait for all of it::
@@ -42,6 +47,12 @@ class Generation:
 
         def __getattr__(self, name: str) -> NoReturn:
             raise no_attribute(self, name, "generation.result()")
+
+        def __aiter__(self) -> NoReturn:
+            raise TypeError(_NOT_ASYNCHRONOUS)
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(_NOT_ASYNCHRONOUS)
 
         def __reduce__(self) -> NoReturn:
             raise request_stays_here()

@@ -26,7 +26,15 @@ from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.life import Life
 from asyncscale.client.misuse import caller, client_stays_here
-from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
+from asyncscale.client.options import (
+    Limits,
+    check_count,
+    check_model,
+    check_seconds,
+    engine_config,
+    find_model,
+    routing_policy,
+)
 from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
@@ -105,14 +113,13 @@ class AsyncScaleClient:
         tracer_provider: TracerProvider | None = None,
         **options: Any,
     ) -> None:
-        if num_engines != "auto" and (
-            not isinstance(num_engines, int) or isinstance(num_engines, bool) or num_engines < 1
-        ):
-            raise ValueError(f'num_engines must be "auto" or an integer of at least 1, got {num_engines!r}')
-        if not isinstance(model, str | os.PathLike | SimulatedModel):
-            raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
-        if isinstance(model, str) and model.startswith(("ipc://", "tcp://")):
-            raise ValueError("that is the address of another client: use AsyncScaleClient.attach(address)")
+        check_model(model)
+        if num_engines != "auto":
+            check_count("num_engines", num_engines, 1, '"auto"')
+        check_seconds("start_timeout", start_timeout)
+        check_count("max_restarts", max_restarts, 0)
+        if hang_timeout is not None:
+            check_seconds("hang_timeout", hang_timeout, "None")
         if host is not None and not isinstance(host, str):
             raise TypeError(f"host must be a string or None, got {type(host).__name__}")
         self._model = model

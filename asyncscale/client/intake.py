@@ -118,7 +118,7 @@ class Intake:
             request.first_token_at = now
             if request.span is not None:
                 request.span.first_token()
-            self._counters[engine_id].first_token(now - request.arrival)
+            self._counters[engine_id].first_token(request, now)
             self._router.computed(engine_id, request.prefix_hashes)
             request.prefix_hashes = ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from asyncscale import messages
 from asyncscale.client.metrics_hub import ROUND_TIMEOUT_S
@@ -29,19 +29,19 @@ class MetricsLink:
         link.counts()               # at once, from any thread: the owner's newest answer, and what this client counts
         await link.fresh()          # after a round over all clients
 
-    own: what this client counts. engine_ids: of the engines that it knows. send: to the coordinator.
+    own: what this client counts. engines: those that it knows, and whether they are up. send: to the coordinator.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         own: RequestCounters,
-        engine_ids: Callable[[], Sequence[int]],
+        engines: Callable[[], Mapping[int, bool]],
         send: Callable[[messages.ToCoordinator], None],
     ) -> None:
         self._loop = loop
         self._own = own
-        self._engine_ids = engine_ids
+        self._engines = engines
         self._send = send
         self._newest = Counts({}, {})
         self._query_ids = itertools.count()
@@ -113,10 +113,10 @@ class MetricsLink:
             query.set_result(None)
 
     def _with_own(self, counts: Counts) -> Counts:
-        """And engines of which the owner has said nothing yet: they are there."""
+        """And with the engines of which the owner has said nothing yet."""
         own: dict[str, RequestRows] = {self._own.client_id: self._own.rows()}
-        new: EngineRows = {key: _row_of_new_engine() for key in self._engine_ids() if key not in counts.engines}
-        return Counts({**counts.engines, **new}, {**counts.clients, **own})
+        engines: EngineRows = {key: _row_without_counts(is_up) for key, is_up in self._engines().items()}
+        return Counts(engines | counts.engines, counts.clients | own)
 
     def _is_looking(self) -> bool:
         return time.monotonic() < self._looked_at + _LOOK_S
@@ -150,7 +150,7 @@ class MetricsLink:
                 query.set_result(None)
 
 
-def _row_of_new_engine() -> list[int]:
+def _row_without_counts(is_up: bool) -> list[int]:
     row = ENGINE_LAYOUT.zeros()
-    row[ENGINE_LAYOUT.at("engine_up")] = 1
+    row[ENGINE_LAYOUT.at("engine_up")] = int(is_up)
     return row

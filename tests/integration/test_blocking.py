@@ -169,7 +169,7 @@ def test_its_own_thread_is_refused_rather_than_left_waiting_for_itself(client: A
     other = client.generate("hello", **LONG)
 
     def wait(_: object) -> None:
-        for read in (other.result, lambda: list(other), lambda: client.submit("x")):
+        for read in (other.result, lambda: list(other), lambda: client.submit("x"), client.close):
             try:
                 read()
                 errors.put(None)
@@ -177,7 +177,7 @@ def test_its_own_thread_is_refused_rather_than_left_waiting_for_itself(client: A
                 errors.put(error)
 
     client.generate("hello", max_tokens=1).future().add_done_callback(wait)
-    for _ in range(3):
+    for _ in range(4):
         error = errors.get(timeout=5)
         assert isinstance(error, ClientStateError)
         assert "own thread" in str(error)
@@ -289,6 +289,17 @@ def test_a_request_taken_for_its_completion_says_what_to_write() -> None:
         client.generate("x")
 
 
+async def test_async_syntax_names_the_asynchronous_client(client: AsyncScaleClient) -> None:
+    with pytest.raises(TypeError, match="that for `async with` is asyncscale's"):
+        async with AsyncScaleClient(FAST):  # type: ignore[attr-defined]
+            pass
+    generation: Any = client.generate("hello", max_tokens=1)
+    with pytest.raises(TypeError, match=r"a Generation of asyncscale\.blocking"):
+        await generation
+    with pytest.raises(TypeError, match=r"a Generation of asyncscale\.blocking"):
+        [token async for token in generation]
+
+
 def test_a_start_that_fails_leaves_nothing() -> None:
     with pytest.raises(asyncscale.ModelLoadError, match="no-such-model"):
         AsyncScaleClient("no-such-model").start()
@@ -375,15 +386,14 @@ def test_a_fork_is_told_to_attach(workspace: Path) -> None:
         workspace,
         """
 client = AsyncScaleClient(FAST, num_engines=1).start()
-address = client.address
 if os.fork() == 0:
     try:
         client.generate("x")
     except ClientStateError as error:
         print("attach(client.address)" in str(error), flush=True)
-    client.close()
-    with AsyncScaleClient.attach(address) as mine:
+    with AsyncScaleClient.attach(client.address) as mine:
         print(len(mine.generate("x", max_tokens=3, ignore_eos=True).result().token_ids), flush=True)
+    client.close()
     os._exit(0)
 os.wait()
 print(len(client.generate("x", max_tokens=3, ignore_eos=True).result().token_ids), flush=True)

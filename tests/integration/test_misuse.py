@@ -71,9 +71,8 @@ async def test_what_nobody_has_is_a_plain_attribute_error(generation: Generation
 
 async def test_printing_a_request_says_how_to_read_it(generation: Generation) -> None:
     for text in (str(generation), repr(generation), f"{generation}"):
-        assert text == f"<Generation {generation.request_id!r} running, 0 tokens: " + (
-            "`await` gives all of it, `async for` reads it>"
-        )
+        assert generation.request_id in text
+        assert text.endswith(" tokens: `await` gives all of it, `async for` reads it>")
 
 
 @pytest.mark.parametrize("loop", [list, iter, enumerate])

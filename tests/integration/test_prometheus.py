@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from asyncscale import AsyncScaleClient, FrontendError, SimulatedModel, blocking, run_frontends
 from asyncscale.metrics import AsyncScaleCollector
 from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
+from asyncscale.testing import kill_engine, wait_until
 
 MODEL = SimulatedModel(base_ms=0.5, decode_us=1, prefill_us=0.1)
 PROMPT = list(range(10))
@@ -174,20 +175,15 @@ async def test_no_counter_ever_falls(tmp_path: Path) -> None:
         front_ends = asyncio.ensure_future(run_frontends(front_end, 2, owner.address))
         watchers = [asyncio.ensure_future(watch(client)) for client in (owner, other)]
 
-        async def until(condition) -> None:  # type: ignore[no-untyped-def]
-            async with asyncio.timeout(20):
-                while not condition():  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-
-        await until(lambda: sum(row.tokens_received > 100 for row in owner.metrics().clients.values()) == 2)
+        await wait_until(lambda: sum(row.tokens_received > 100 for row in owner.metrics().clients.values()) == 2)
         load = [owner.generate(PROMPT, max_tokens=1000, ignore_eos=True) for _ in range(10)]
-        os.kill(owner._engines.supervisor.engines[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        await kill_engine(owner, 0)
         await asyncio.gather(*load)
         os.kill(int((tmp_path / "0").read_text()), signal.SIGKILL)
         with pytest.raises(FrontendError):
             await front_ends
-        await until(lambda: len(owner.metrics().clients) == 3)
-        await until(lambda: owner.metrics().engines[0].engine_up)
+        await wait_until(lambda: len(owner.metrics().clients) == 3)
+        await wait_until(lambda: owner.metrics().engines[0].engine_up)
         for watcher in watchers:
             assert not watcher.done(), watcher.exception()
             watcher.cancel()
