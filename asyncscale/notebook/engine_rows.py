@@ -34,6 +34,7 @@ def engine_rows(client: AsyncScaleClient, rates: Mapping[int, float] | None = No
     rows = []
     for health in client.health():
         load = loads.get(health.engine_id)
+        busy = load is not None and load.running > 0  # else the rate is of what has ended by now
         rows.append(
             EngineRow(
                 engine_id=health.engine_id,
@@ -43,7 +44,7 @@ def engine_rows(client: AsyncScaleClient, rates: Mapping[int, float] | None = No
                 capacity=0 if load is None else load.capacity,
                 kv_usage=0.0 if load is None else load.kv_usage,
                 restarts=health.restarts,
-                tokens_per_s=None if rates is None else rates.get(health.engine_id, 0.0),
+                tokens_per_s=None if rates is None else rates.get(health.engine_id, 0.0) if busy else 0.0,
             )
         )
     return rows
