@@ -21,6 +21,9 @@ def closest(name: str, known: Collection[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Collection[str], synonyms: Mapping[str, str] | None = None) -> str:
-    """ "; did you mean 'x'?", or else all that is known. synonyms: names in other libraries, and ours for the same."""
+    """The end of a sentence: "; did you mean 'x'?", or else all that is known.
+
+    synonyms: names in other libraries, and ours for the same.
+    """
     meant = (synonyms or {}).get(name) or closest(name, known)
     return f"; did you mean {meant!r}?" if meant else f"; known are {', '.join(known)}"

@@ -80,14 +80,17 @@ class AsyncScaleClient:
 
         As that of `asyncscale.AsyncScaleClient`, and Ctrl-C ends a drain. What had ended can still be read.
         """
-        self._closed = True
         background = self._background
         if background is None or background.ended:
+            self._closed = True
             return
+        background.check_may_wait()
+        closing = self._client.close(*args, **options)
+        self._closed = True
         if self._finalizer is not None:
             self._finalizer.detach()
         try:
-            background.run(self._client.close(*args, **options))
+            background.run(closing)
         except ClientClosedError:
             pass  # another thread was faster
         except BaseException:
@@ -149,8 +152,8 @@ class AsyncScaleClient:
     @property
     def address(self) -> str:
         """What `attach` takes, of either kind of client, in this process or another. With `host`, it is a secret."""
-        self._running()
-        return self._client.address
+        self._started()
+        return self._client.address  # also in a fork: to attach there
 
     def engine_loads(self) -> tuple[EngineLoad, ...]:
         """The newest counts of every engine, and their age. Asks nobody."""
@@ -203,19 +206,23 @@ class AsyncScaleClient:
 
     # --- use
 
-    def _running(self) -> BackgroundLoop:
+    def _started(self) -> BackgroundLoop:
         if self._closed:
             raise _closed("use")
         if self._background is None:
             raise ClientStateError(
                 "the client is not started: use `with AsyncScaleClient(...) as client:` or `client.start()`"
             )
-        if self._background.forked:
+        return self._background
+
+    def _running(self) -> BackgroundLoop:
+        background = self._started()
+        if background.forked:
             raise ClientStateError(
                 "this client was started by the process that this one is a fork of. "
                 "Make one of its own here: AsyncScaleClient.attach(client.address)"
             )
-        return self._background
+        return background
 
     def _generation(self, generation: asynchronous_generation.Generation) -> Generation:
         return Generation(generation, self._running(), self)

@@ -55,7 +55,7 @@ def not_on_its_loop(what: str, loop: asyncio.AbstractEventLoop | None, *, is_for
 
 
 def caller() -> str:
-    """ "file:line" of the nearest caller outside of this package."""
+    """The file and line of the nearest caller outside of this package, "file:line"."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
         frame = frame.f_back

@@ -60,7 +60,8 @@ def timing_html(timing: Timing, num_prompt_tokens: int) -> Html:
     cells = {
         "TTFT": _duration(timing.ttft),
         "TPOT": _duration(timing.tpot),
-        "total": _duration(None if timing.last_token is None else timing.last_token - timing.arrival),
+        "total": _duration(timing.e2e),
+        "held here": _duration(timing.held_s),
         "queued": _duration(timing.queued_s),
         "engine": None if timing.engine is None else str(timing.engine),
         "prompt tokens": prompt,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from asyncscale.client.engines import AttachedEngines
 from asyncscale.client.metrics_hub import MetricsHub
 from asyncscale.client.options import Limits
 from asyncscale.client.policies import least_loaded
-from asyncscale.metrics.catalog import REQUEST_LAYOUT
+from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
 from asyncscale.metrics.request_counters import RequestCounters, client_id
 from asyncscale.metrics.snapshot import DEPARTED, Counts
 
@@ -34,8 +35,9 @@ def tokens(counts: Counts) -> dict[str, int]:
 
 
 @pytest.fixture
-def hub() -> tuple[MetricsHub, list[int]]:
-    """With two clients, and the ids of the rounds that they were asked in."""
+def hub(monkeypatch: pytest.MonkeyPatch) -> tuple[MetricsHub, list[int]]:
+    """With two clients, the ids of the rounds that they were asked in, and patience."""
+    monkeypatch.setattr("asyncscale.client.metrics_hub.ROUND_TIMEOUT_S", 1e6)
     hub, asked = MetricsHub(RequestCounters(b"the owner")), []
 
     def ask(message: messages.MetricsRound) -> set[bytes]:
@@ -46,6 +48,20 @@ def hub() -> tuple[MetricsHub, list[int]]:
     hub.on_attach(A)
     hub.on_attach(B)
     return hub, asked
+
+
+@asynccontextmanager
+async def attached(fleet: Any) -> AsyncIterator[AttachedEngines]:
+    """A client's side of the fleet's coordinator."""
+    identity = b"c" * messages.CLIENT_ID_SIZE
+    dispatcher = Dispatcher(fleet.context, identity, least_loaded, Limits())
+    engines = AttachedEngines(fleet.context, identity, fleet.coordinator.address, dispatcher)
+    try:
+        await engines.start()
+        yield engines
+    finally:
+        dispatcher.close(RuntimeError("the test is over"))
+        await engines.stop()
 
 
 async def turns(count: int = 5) -> None:
@@ -62,7 +78,7 @@ async def test_a_round_ends_when_all_have_answered_or_left(hub: tuple[MetricsHub
     await turns()
     assert not running.done()
     hub_.on_leave(B, for_good=False)
-    await running
+    await asyncio.wait_for(running, 10)
     assert tokens(hub_.counts()) == {client_id(b"the owner"): 0, client_id(A): 3, DEPARTED: 4}
     hub_.on_report(A, report(5, asked[0]))  # late, and counts all the same
     assert tokens(hub_.counts())[client_id(A)] == 5
@@ -92,7 +108,7 @@ async def test_the_end_ends_rounds(hub: tuple[MetricsHub, list[int]]) -> None:
     running = asyncio.ensure_future(hub_.run_round())
     await turns()
     hub_.close()
-    await running
+    await asyncio.wait_for(running, 10)
 
 
 async def test_rows_of_engines_that_there_never_were_are_dropped(hub: tuple[MetricsHub, list[int]]) -> None:
@@ -106,11 +122,8 @@ async def test_rows_of_engines_that_there_never_were_are_dropped(hub: tuple[Metr
 async def test_a_client_whose_connection_was_lost_is_counted_once(make_fleet: MakeFleet) -> None:
     fleet = await make_fleet(1)
     scissors = fleet.coordinator_scissors()
-    dispatcher = Dispatcher(fleet.context, b"c" * messages.CLIENT_ID_SIZE, least_loaded, Limits())
-    engines = AttachedEngines(fleet.context, b"c" * messages.CLIENT_ID_SIZE, fleet.coordinator.address, dispatcher)
-    own, hub = dispatcher.counters, fleet.coordinator._metrics
-    try:
-        await engines.start()
+    async with attached(fleet) as engines:
+        own, hub = engines._dispatcher.counters, fleet.coordinator._metrics
         own.received(0, 5, 0.1, 5)
         await engines.fresh_counts()
         assert tokens(hub.counts())[own.client_id] == 0  # of an engine that the owner's books do not know
@@ -124,26 +137,45 @@ async def test_a_client_whose_connection_was_lost_is_counted_once(make_fleet: Ma
         seen = tokens(await engines.fresh_counts())
         assert (seen[own.client_id], seen[DEPARTED]) == (15, 0)
         assert tokens(hub.counts()) == seen
-    finally:
-        dispatcher.close(RuntimeError("the test is over"))
-        await engines.stop()
     await fleet.until(lambda: tokens(hub.counts())[DEPARTED] == 15)
+
+
+async def test_a_report_that_was_lost_with_its_connection_is_made_again(make_fleet: MakeFleet) -> None:
+    fleet = await make_fleet(1)
+    scissors = fleet.coordinator_scissors()
+    async with attached(fleet) as engines:
+        link, hub = engines._metrics, fleet.coordinator._metrics
+        hub.engines.up(0, "/nowhere")
+        await fleet.until(lambda: link._reporting is None)
+        engines._dispatcher.counters._rows[None].cells[TOKENS] = 5
+        send, link._send = link._send, lambda message: None
+        link.report()
+        link._send = send
+        scissors.cut()
+        await fleet.until(lambda: tokens(hub.counts()).get(engines._dispatcher.counters.client_id) == 5)
+
+
+async def test_an_engine_that_dies_before_its_owner_was_asked_does_not_vanish(make_fleet: MakeFleet) -> None:
+    fleet = await make_fleet(2)
+    async with attached(fleet) as engines:
+
+        def up() -> dict[int, int]:
+            return {key: row[ENGINE_LAYOUT.at("engine_up")] for key, row in engines.counts().engines.items()}
+
+        assert up() == {0: 1, 1: 1}
+        fleet.kill(fleet.engines[0])
+        await fleet.until(lambda: 0 not in engines.roster)
+        assert up() == {0: 0, 1: 1}
 
 
 async def test_an_idle_client_says_nothing(make_fleet: MakeFleet) -> None:
     fleet = await make_fleet(1)
-    dispatcher = Dispatcher(fleet.context, b"c" * messages.CLIENT_ID_SIZE, least_loaded, Limits())
-    engines = AttachedEngines(fleet.context, b"c" * messages.CLIENT_ID_SIZE, fleet.coordinator.address, dispatcher)
-    link = engines._metrics
-    try:
-        await engines.start()
-        dispatcher.counters.received(0, 5, 0.1, 5)
+    async with attached(fleet) as engines:
+        link = engines._metrics
+        engines._dispatcher.counters.received(0, 5, 0.1, 5)
         await fleet.until(lambda: link._reporting is None)  # it has reported, and found nothing new since
-        assert link._reported == dispatcher.counters.rows()
+        assert link._reported == engines._dispatcher.counters.rows()
         assert link._querying is None  # nobody looked
-    finally:
-        dispatcher.close(RuntimeError("the test is over"))
-        await engines.stop()
 
 
 async def test_who_does_not_hear_of_the_owner_gives_what_it_knows(
@@ -151,15 +183,9 @@ async def test_who_does_not_hear_of_the_owner_gives_what_it_knows(
 ) -> None:
     monkeypatch.setattr("asyncscale.client.metrics_link._ANSWER_TIMEOUT_S", 0.05)
     fleet = await make_fleet(1)
-    dispatcher = Dispatcher(fleet.context, b"c" * messages.CLIENT_ID_SIZE, least_loaded, Limits())
-    engines = AttachedEngines(fleet.context, b"c" * messages.CLIENT_ID_SIZE, fleet.coordinator.address, dispatcher)
-    try:
-        await engines.start()
-        dispatcher.counters.received(0, 5, 0.1, 5)
+    async with attached(fleet) as engines:
+        engines._dispatcher.counters.received(0, 5, 0.1, 5)
         monkeypatch.setattr(fleet.coordinator, "_query", lambda identity, query: None)
         counts = await engines.fresh_counts()
-        assert tokens(counts) == {dispatcher.counters.client_id: 5}
+        assert tokens(counts) == {engines._dispatcher.counters.client_id: 5}
         assert counts.engines.keys() == {0}
-    finally:
-        dispatcher.close(RuntimeError("the test is over"))
-        await engines.stop()

@@ -169,7 +169,7 @@ def test_its_own_thread_is_refused_rather_than_left_waiting_for_itself(client: A
     other = client.generate("hello", **LONG)
 
     def wait(_: object) -> None:
-        for read in (other.result, lambda: list(other), lambda: client.submit("x")):
+        for read in (other.result, lambda: list(other), lambda: client.submit("x"), client.close):
             try:
                 read()
                 errors.put(None)
@@ -177,7 +177,7 @@ def test_its_own_thread_is_refused_rather_than_left_waiting_for_itself(client: A
                 errors.put(error)
 
     client.generate("hello", max_tokens=1).future().add_done_callback(wait)
-    for _ in range(3):
+    for _ in range(4):
         error = errors.get(timeout=5)
         assert isinstance(error, ClientStateError)
         assert "own thread" in str(error)
@@ -386,15 +386,14 @@ def test_a_fork_is_told_to_attach(workspace: Path) -> None:
         workspace,
         """
 client = AsyncScaleClient(FAST, num_engines=1).start()
-address = client.address
 if os.fork() == 0:
     try:
         client.generate("x")
     except ClientStateError as error:
         print("attach(client.address)" in str(error), flush=True)
-    client.close()
-    with AsyncScaleClient.attach(address) as mine:
+    with AsyncScaleClient.attach(client.address) as mine:
         print(len(mine.generate("x", max_tokens=3, ignore_eos=True).result().token_ids), flush=True)
+    client.close()
     os._exit(0)
 os.wait()
 print(len(client.generate("x", max_tokens=3, ignore_eos=True).result().token_ids), flush=True)

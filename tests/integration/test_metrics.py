@@ -171,10 +171,9 @@ async def test_the_cache_is_seen_from_engine_and_client_alike() -> None:
 # --- several clients
 
 
-async def report(client: AsyncScaleClient, index: int) -> tuple[str, Any]:
+async def work(client: AsyncScaleClient, index: int) -> str:
     await generate(client, 10 * (index + 1))
-    metrics = await client.metrics()
-    return metrics.client_id, metrics.clients[metrics.client_id]
+    return client.metrics().client_id  # and it leaves at once, sooner than it would report
 
 
 async def test_every_client_sees_the_same() -> None:
@@ -195,8 +194,7 @@ async def test_every_client_sees_the_same() -> None:
 
 async def test_clients_of_other_processes_count_also_when_they_have_left() -> None:
     async with AsyncScaleClient(MODEL, num_engines=2) as owner:
-        (first, own), (second, also_own) = await run_frontends(report, 2, owner.address)
-        assert (own.tokens_received, also_own.tokens_received) == (70, 140)
+        first, second = await run_frontends(work, 2, owner.address)
         metrics = await until(owner.metrics, lambda metrics: len(metrics.clients) == 2)
         assert metrics.clients.keys() == {metrics.client_id, "departed"}
         assert not {first, second} & metrics.clients.keys()
