@@ -122,6 +122,16 @@ async def test_prompts_of_earlier_tests_are_not_cached(asyncscale_client: AsyncS
     assert cached == [0, 48]
 
 
+answers: set[str] = set()
+
+
+@pytest.mark.parametrize("_", range(2))
+async def test_who_draws_no_seed_is_answered_alike_in_each_test(asyncscale_client: AsyncScaleClient, _: int) -> None:
+    texts = [(await asyncscale_client.generate("x", max_tokens=4, temperature=1)).text for _ in range(2)]
+    answers.update(texts)
+    assert len(answers) == 2
+
+
 async def test_other_processes_are_told_the_address_and_nothing_else(asyncscale_engines: str) -> None:
     copied = pickle.loads(pickle.dumps(asyncscale_engines))
     assert (type(copied), copied) == (str, str(asyncscale_engines))
