@@ -229,3 +229,4 @@ def test_a_test_that_is_run_again_begins_anew(run_pytest: RunPytest) -> None:
         """,
     )  # fmt: skip
     result.assert_outcomes(passed=1, errors=1, failed=1)
+    result.stdout.fnmatch_lines("E * assert 2 == 1")
