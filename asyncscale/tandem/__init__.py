@@ -6,15 +6,16 @@ the others can go on. The engines that step together are a *group*; when one of 
 of them under the next *generation* number and at wave zero.
 
 Three machines decide this, without I/O, by the messages of `tandem.messages`: `EngineWaves` in each engine,
-`CoordinatorWaves` beside the coordinator, `ClientWaves` in each client. Models that are not spread construct none.
+`CoordinatorWaves` beside the coordinator, `ClientWaves` in each client. `TandemCore` is an `EngineCore` that follows
+them. Models that are not spread construct none. `tandem.lockstep` has simulated engines that fail a test when one of
+them steps alone.
 
 Where they are to be plugged in:
 
-- engine/server.py: where it looks at `core.has_work`, to step or to sleep in poll, it looks at `waves.running`; a step
-  for which the core has nothing is `runner.execute_dummy()`. When `step_done()` says so, `agreed(all_reduce(vote))`.
-  After messages: `generation_to_join` (form the process group, then `joined` or `broke`), and `report` to the owner.
-  A step or an all-reduce that raises because a peer is gone is `broke`, not the end of the engine: the batch is
-  computed again.
+- engine/server.py: a `TandemCore` around the core; where it looks at `core.has_work`, to step or to sleep in poll, it
+  looks at `running`. What the core has to say without a step, as of a request that it refuses, needs a way out of it
+  that computes nothing: `EngineCore.flush`.
+- model/runner.py: `Collectives` over torch.distributed, whose errors become CollectiveError, and `execute_dummy`.
 - client/supervisor.py: an engine that is ready or dead is `engine_joined` or `engine_died`. The owner hosts the store
   at which a generation meets, one for each, and closes it when that is over, so that nobody waits there for the dead.
 - client/coordinator.py: GroupState goes to all engines, over the owner's connections (again to one that reconnects),
