@@ -450,13 +450,19 @@ class AsyncScaleClient:
         TimeoutError.
         """
         self._life.check_usable()
+        if not isinstance(method, str):
+            raise TypeError(f"method must be the name of an engine's method, got {type(method).__name__}")
         raw = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
         if len(args) > messages.MAX_CALL_ARGS or sum(map(len, map(bytes, raw))) > messages.MAX_CALL_BYTES:
             raise ValueError(
                 f"a call may have {messages.MAX_CALL_ARGS} arguments of {messages.MAX_CALL_BYTES} bytes, all together"
             )
-        async with asyncio.timeout(timeout):
-            results = await self._engines.call(method, raw)
+        try:
+            async with asyncio.timeout(timeout):
+                results = await self._engines.call(method, raw)
+        except TimeoutError:
+            text = f"not every engine has answered {method!r} within {timeout:g} s; it runs there all the same"
+            raise TimeoutError(text) from None
         if not results and self._dispatcher.last_death is not None:
             raise fresh(self._dispatcher.last_death)
         return [_value(result) for result in results]
