@@ -52,7 +52,7 @@ def _model(client: AsyncScaleClient) -> str:
         return source.name if isinstance(source, CheckpointFiles) else "simulated model"
     if client._attach_to is not None:
         return f"engines at {shown(client._attach_to)}"
-    return str(client._model) if isinstance(client._model, str) else repr(client._model)
+    return str(client._plan.model) if isinstance(client._plan.model, str) else repr(client._plan.model)
 
 
 def _what_next(state: State) -> Html:

@@ -198,6 +198,11 @@ async def test_several_conversations_at_once(client: AsyncScaleClient) -> None:
         client.chat([[MESSAGE], [MESSAGE]])  # type: ignore[list-item]
 
 
+async def test_a_collective_call_of_something_else(client: AsyncScaleClient) -> None:
+    with pytest.raises(TypeError, match="method must be the name of an engine's method"):
+        await client.collective_rpc(print)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("keyword", "words"),
     [
