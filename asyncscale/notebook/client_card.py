@@ -14,14 +14,13 @@ from asyncscale.notebook.markup import AMBER, GREEN, Html, badge, card, code, no
 if TYPE_CHECKING:
     from asyncscale.client.client import AsyncScaleClient
 
-_FAINT = "currentColor"
 _STATE_COLORS = {State.STARTING: AMBER, State.RUNNING: GREEN, State.CLOSING: AMBER}
 
 
 def client_html(client: AsyncScaleClient) -> str:
     """State, model, engines with their load, and what can be done next. Never raises."""
     state = client._life.state
-    title = [strong("AsyncScaleClient"), Html(" &nbsp; "), badge(state.value, _STATE_COLORS.get(state, _FAINT))]
+    title = [strong("AsyncScaleClient"), Html(" &nbsp; "), badge(state.value, _STATE_COLORS.get(state, "currentColor"))]
     parts: list[Html] = []
     if state is State.RUNNING:
         parts += _running(client)
