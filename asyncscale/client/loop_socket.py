@@ -75,12 +75,12 @@ class LoopSocket:
     def _take_burst(self) -> bool:
         """Whether more may be waiting."""
         for _ in range(_BURST):
-            frames = transport.receive(self._socket)
-            if frames is None:
-                return False
             try:
+                frames = transport.receive(self._socket)
+                if frames is None:
+                    return False
                 self._on_frames(frames)
-            except BaseException:
+            except BaseException:  # also one that a signal's handler raises here
                 self._read_soon()  # the signal for what is left is used up
                 raise
             if self._closed:
