@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import uvloop
@@ -49,17 +50,29 @@ class BackgroundLoop:
         _open.add(self)
         self._thread.start()
 
+    @property
+    def ended(self) -> bool:
+        """Whether its thread has ended, so that nothing of it runs beside the caller."""
+        return not self._thread.is_alive()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of that which made it, so that its thread does not exist here."""
+        return os.getpid() != self._owner_pid
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start it on the loop, and return its future at once; cancelling that cancels the coroutine."""
+        with _closed_on_error(coroutine):
+            return self._hand_over(lambda: asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run it on the loop, and wait for its result or exception.
 
         It is cancelled when the wait ends before it does: by Ctrl-C, or TimeoutError after `timeout` seconds.
         """
-        try:
-            future = self._hand_over(lambda: asyncio.run_coroutine_threadsafe(coroutine, self._loop))
-        except BaseException:
-            coroutine.close()
-            raise
-        return self._wait(future, timeout)
+        with _closed_on_error(coroutine):
+            self.check_may_wait()
+        return self._wait(self.submit(coroutine), timeout)
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call it in the loop's thread, and wait for what it returns or raises."""
@@ -72,6 +85,7 @@ class BackgroundLoop:
                 except BaseException as error:
                     future.set_exception(error)
 
+        self.check_may_wait()
         self.call_soon(call)
         return self._wait(future, None)
 
@@ -79,14 +93,16 @@ class BackgroundLoop:
         """Call it in the loop's thread soon, in the order of these calls, and wait for nothing."""
         self._hand_over(lambda: self._loop.call_soon_threadsafe(lambda: function(*args, **kwargs)))
 
+    def check_may_wait(self) -> None:
+        """Raises ClientStateError in the loop's own thread, where nothing happens while it waits."""
+        if self._thread is threading.current_thread():
+            raise ClientStateError("called from the background loop's own thread, which would wait for itself: await")
+
     def close(self, timeout: float | None = 10.0) -> None:
         """Cancel what still runs, wait at most `timeout` seconds for its end, and end the thread. Idempotent."""
-        if os.getpid() != self._owner_pid:
+        if self.forked:
             return
-        if self._thread is threading.current_thread():
-            raise ClientStateError(
-                "a background loop cannot be closed from its own thread, which would wait for itself"
-            )
+        self.check_may_wait()
         with self._lock:
             self._closed = True
             self._finalizer.detach()
@@ -97,10 +113,8 @@ class BackgroundLoop:
             logger.warning("thread %s did not end within %g s: something in it blocks", self._thread.name, timeout)
 
     def _hand_over(self, schedule: Callable[[], T]) -> T:
-        if os.getpid() != self._owner_pid:
+        if self.forked:
             raise ClientStateError("this background loop belongs to the process that this one is a fork of")
-        if self._thread is threading.current_thread():
-            raise ClientStateError("called from the background loop's own thread, which would wait for itself: await")
         with self._lock:
             if self._closed:
                 raise ClientClosedError("the background loop is closed")
@@ -115,6 +129,16 @@ class BackgroundLoop:
             raise
         finally:
             future.cancel()
+
+
+@contextlib.contextmanager
+def _closed_on_error(coroutine: Coroutine[Any, Any, object]) -> Iterator[None]:
+    """One that nobody runs would complain that it was never awaited."""
+    try:
+        yield
+    except BaseException:
+        coroutine.close()
+        raise
 
 
 def _serve(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

@@ -31,6 +31,9 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     seed (when sampling) and position. About one token in `mean_output_tokens` is the end-of-sequence token.
     output_period: other tokens come again after so many; such text is easy to guess. 0 is never.
 
+    replies: what is said to a prompt, chats included, that contains a text: the first that fits, a token for each byte,
+    then the end. {"": "Fine."} fits every prompt.
+
     faults: what happens to the engine in a step that computes a request whose prompt holds this token id, for tests of
     what a program does then: "error" (the request fails, and nothing else), "raise" (an exception), "exit" (code 3),
     "kill" (by SIGKILL, as when memory runs out), "segfault", "hang" (the step never ends).
@@ -45,6 +48,7 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     mean_output_tokens: int = 64
     output_period: int = 0
     load_s: float = 0.0
+    replies: dict[str, str] = {}
     faults: dict[int, Fault] = {}
 
     def __post_init__(self) -> None:
@@ -75,8 +79,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     dtype: of weights and KV cache; "auto" is bfloat16 where the CPU multiplies it natively, else float32.
     quantization: "int8" holds the weights of linear layers in 8 bits, a scale for each output, and rounds their inputs
-        to 8 bits as they come, a scale for each token. Half the memory of bfloat16 and up to twice the speed; see the
-        README for what it costs in quality. The KV cache stays in `dtype`.
+        to 8 bits as they come, a scale for every 64 of a token. Half the memory of bfloat16 and 1.6 times the speed of
+        its products; docs/benchmarks.md has what it costs in quality. The KV cache stays in `dtype`.
     max_model_len: longest prompt + output in tokens; None takes the model's own.
     max_num_seqs: most requests that run (hold KV blocks) at once on one engine.
     max_num_batched_tokens: most tokens computed in one step; a longer prompt is computed in chunks.
@@ -133,6 +137,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     folder: private to the owner and its engines, for sockets and logs; it is gone when they are.
     tcp: where it listens instead of in the folder, and with which keys: so a spec goes over private pipes only.
     cpus: which it runs on; empty: on those that its owner may use.
+    log_levels: from which level on its owner wants to hear of which loggers.
     """
 
     engine_id: int
@@ -143,6 +148,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: EngineConfig
     tcp: TcpBinding | None = None
     cpus: tuple[int, ...] = ()
+    log_levels: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -163,3 +169,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def progress_path(self) -> str:
         """Where it shows its progress: see `asyncscale.progress`."""
         return f"{self.folder}/{self.name}.progress"
+
+    @property
+    def counters_path(self) -> str:
+        """Where it counts what it does: see `asyncscale.metrics.engine_counters`."""
+        return f"{self.folder}/{self.name}.counters"

@@ -15,6 +15,7 @@ import msgspec
 
 from asyncscale.address import parse, shown
 from asyncscale.config import ModelSource
+from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
 from asyncscale.params import Sampling
 
 PROTOCOL_VERSION = 1
@@ -45,8 +46,15 @@ _MAX_ABORTS = 65_536
 _MAX_ENGINES = 65_536
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 EngineId = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_ENGINES)]
+
+# Rows of numbers, see `asyncscale.metrics.layout`.
+_Cell = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+EngineRow = Annotated[list[_Cell], msgspec.Meta(min_length=ENGINE_LAYOUT.size, max_length=ENGINE_LAYOUT.size)]
+RequestRow = Annotated[list[_Cell], msgspec.Meta(min_length=REQUEST_LAYOUT.size, max_length=REQUEST_LAYOUT.size)]
+RequestRows = Annotated[dict[EngineId | None, RequestRow], msgspec.Meta(max_length=_MAX_ENGINES)]
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -81,7 +89,7 @@ def fair_share(capacity: int, client: bytes, clients: Collection[bytes]) -> int:
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What an engine learned while it loaded its model."""
+    """What an engine learned while it loaded its model. pid: of its process, on its host."""
 
     vocab_size: Positive
     max_model_len: Positive
@@ -90,6 +98,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     num_blocks: Positive
     dtype: str
     load_s: float
+    pid: Positive | None = None
 
 
 # --- client to engine
@@ -171,24 +180,33 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class Finished(msgspec.Struct, frozen=True, array_like=True):
     """The end of a request. Its last token is in the same or an earlier `Outputs`.
 
-    stop_token_id: the token that ended it, when one of its stop_token_ids did. Times in seconds since the engine had
-    it.
+    stop_token_id: the token that ended it, when one of its stop_token_ids did.
     """
 
     request_id: int
     reason: FinishReason
     stop_token_id: int | None = None
     error: str | None = None
-    num_cached_tokens: Count = 0
-    num_preemptions: Count = 0
-    queued_s: float = 0.0
-    first_token_s: float = 0.0
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """The prompt of a request is computed, and its first token is in the same `Outputs`. Said once by each engine.
+
+    queued_s: seconds from when the engine had it until its first step; prefill_s: from there to the first token.
+    num_cached_tokens: of the prompt, found in the prefix cache.
+    """
+
+    request_id: int
+    queued_s: Seconds
+    prefill_s: Seconds
+    num_cached_tokens: Count
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     """All that one step made for one client.
 
     Request_ids[i] got token_ids[i]; an id with several tokens comes several times. by_client: see `LoadReport`.
+    preempted: ids of requests that lost their KV blocks to others, and will be computed again.
     """
 
     request_ids: list[int]
@@ -200,6 +218,8 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
         tuple[int, list[TokenLogprobs]]
     ] = []  # (request_id, of the next prompt positions; the first is position 1)
     by_client: Shares | None = None
+    started: list[Started] = []
+    preempted: list[int] = []
 
     def __post_init__(self) -> None:
         if len(self.request_ids) != len(self.token_ids):
@@ -229,7 +249,7 @@ class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
 FromEngine = Outputs | LoadReport | CallResult
 
 
-# --- from an engine process to its supervisor, over the lifeline, while it starts
+# --- between an engine process and its supervisor, over the lifeline
 
 
 class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
@@ -260,13 +280,30 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
-    """Something to tell the user, once, however many engines say it. level: of the logging module."""
+    """A record for the owner's handlers, at any time: the fields of `logging.LogRecord`.
 
+    text: the formatted message; template: before that. error: the formatted exception.
+    """
+
+    name: str
     level: int
     text: str
+    template: str
+    created: float
+    path: str
+    line: int
+    function: str
+    thread: str = ""
+    error: str | None = None
 
 
-FromStart = Loading | Ready | Failed | Logged
+FromEngineProcess = Loading | Ready | Failed | Logged
+
+
+class LogLevels(msgspec.Struct, frozen=True, array_like=True, tag="log-levels"):
+    """From the owner: from which level on it wants to hear of which loggers."""
+
+    levels: dict[str, int]
 
 
 # --- front end to the process that started it
@@ -336,7 +373,25 @@ class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collecti
     args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
 
 
-ToCoordinator = Attach | Detach | CollectiveCall
+class MetricsReport(msgspec.Struct, frozen=True, array_like=True, tag="metrics-report"):
+    """All that the client has counted of its requests so far, by the engine that had them last: so it does no harm if
+    one is lost. round_id: of the MetricsRound that this answers."""
+
+    rows: RequestRows
+    round_id: int | None = None
+
+
+class MetricsQuery(msgspec.Struct, frozen=True, array_like=True, tag="metrics-query"):
+    """What have all engines and clients counted? Answered with MetricsAnswer.
+
+    fresh: after a round over all clients; else with what they reported last.
+    """
+
+    query_id: int
+    fresh: bool
+
+
+ToCoordinator = Attach | Detach | CollectiveCall | MetricsReport | MetricsQuery
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
@@ -398,7 +453,21 @@ class CollectiveResult(msgspec.Struct, frozen=True, array_like=True, tag="collec
     results: list[EngineResult]
 
 
-FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | Farewell
+class MetricsRound(msgspec.Struct, frozen=True, array_like=True, tag="metrics-round"):
+    """Answer with a MetricsReport at once."""
+
+    round_id: int
+
+
+class MetricsAnswer(msgspec.Struct, frozen=True, array_like=True, tag="metrics-answer"):
+    """Answer to MetricsQuery. clients: by what they are called in metrics."""
+
+    query_id: int
+    engines: dict[EngineId, EngineRow]
+    clients: dict[str, RequestRows]
+
+
+FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | MetricsRound | MetricsAnswer | Farewell
 
 
 Message = TypeVar("Message")
@@ -416,7 +485,8 @@ def decode(decoder: msgspec.msgpack.Decoder[Message], payload: bytes) -> Message
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-from_start_decoder: msgspec.msgpack.Decoder[FromStart] = msgspec.msgpack.Decoder(FromStart)
+from_engine_process_decoder: msgspec.msgpack.Decoder[FromEngineProcess] = msgspec.msgpack.Decoder(FromEngineProcess)
+log_levels_decoder: msgspec.msgpack.Decoder[LogLevels] = msgspec.msgpack.Decoder(LogLevels)
 from_frontend_decoder: msgspec.msgpack.Decoder[FromFrontend] = msgspec.msgpack.Decoder(FromFrontend)
 to_coordinator_decoder: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 from_coordinator_decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)

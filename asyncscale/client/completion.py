@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from asyncscale.messages import FinishReason
 
@@ -21,23 +21,32 @@ class Logprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When what happened to a request.
+    """When what happened to a request, so far.
 
-    arrival, first_token, last_token: time.monotonic() of the client's process.
-    engine: the one that finished it; scores: of every engine when it was sent there, by engine id: what the routing
-    policy compares, least is best (of a policy of your own: `EngineLoad.score`); score: that of the engine.
-    num_moves: to another engine, because one died.
-    queued_s: seconds that it waited on its engine before its first step. num_cached_tokens: prompt tokens found in
-    the prefix cache.
+    Moments, as of time.monotonic() of the client's process; None while they have not come:
+    arrival: of the call. queued: when it was sent to the engine that computed its first token, having been held back
+    here while every engine was full. first_token, last_token: when they arrived, of any of its choices.
+
+    Seconds, by the clock of that engine: queued_s: that it waited there for its first step, 0 until that is known.
+    prefill_s: from its first step to its first token, with whatever came between when it was preempted.
+
+    engine: the one that has it or finished it; scores: of every engine when it was sent there, by engine id: what the
+    routing policy compares, least is best (of a policy of your own: `EngineLoad.score`).
+    num_output_tokens: of all choices; longest_output: of the longest. num_cached_tokens: of the prompt, found in the
+    prefix cache. num_preemptions: how often one of its choices lost its KV blocks to other requests, and was computed
+    again. num_moves: how often it was sent anew, because an engine died or its connection was lost.
     """
 
     arrival: float
+    queued: float | None
     queued_s: float
+    prefill_s: float | None
     first_token: float | None
     last_token: float | None
     engine: int | None
     scores: Mapping[int, float]
     num_output_tokens: int
+    longest_output: int
     num_cached_tokens: int
     num_preemptions: int
     num_moves: int
@@ -48,16 +57,31 @@ class Timing:
         return None if self.engine is None else self.scores.get(self.engine)
 
     @property
+    def held_s(self) -> float | None:
+        """Seconds from the call until it was queued at its engine."""
+        return None if self.queued is None else self.queued - self.arrival
+
+    @property
     def ttft(self) -> float | None:
         """Seconds from the call to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
 
     @property
-    def tpot(self) -> float | None:
-        """Mean seconds per token after the first."""
-        if self.first_token is None or self.last_token is None or self.num_output_tokens < 2:
+    def decode_s(self) -> float | None:
+        """Seconds from the first token to the last."""
+        if self.first_token is None or self.last_token is None:
             return None
-        return (self.last_token - self.first_token) / (self.num_output_tokens - 1)
+        return self.last_token - self.first_token
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds per token after the first, of the longest choice."""
+        return None if self.decode_s is None or self.longest_output < 2 else self.decode_s / (self.longest_output - 1)
+
+    @property
+    def e2e(self) -> float | None:
+        """Seconds from the call to the last token."""
+        return None if self.last_token is None else self.last_token - self.arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +114,11 @@ class Completion:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     timing: Timing
 
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __aiter__(self) -> NoReturn:
+            raise TypeError("a Completion is all of it: read tokens with `async for` of the call itself, without await")
+
     @property
     def text(self) -> str:
         return self.choices[0].text
@@ -108,3 +137,8 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.completion_card import completion_html
+
+        return completion_html(self)

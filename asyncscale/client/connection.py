@@ -85,6 +85,10 @@ class EngineConnection:
         """Take everything that has arrived, now."""
         self._socket.drain()
 
+    def cut(self) -> None:
+        """Break the connection, as a network does: for tests."""
+        self._loss_monitor.cut()
+
     def leave(self) -> None:
         """Have the engine forget this client."""
         self.send(messages.Disconnect())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import zmq
@@ -13,6 +14,7 @@ from asyncscale import messages, transport
 from asyncscale.address import TcpBinding
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
+from asyncscale.client.metrics_hub import MetricsHub
 from asyncscale.client.roster import Roster
 from asyncscale.config import ModelSource
 
@@ -46,7 +48,8 @@ class Coordinator:
 
     Each client is sent its own share in the counts (`Load.mine`), so the same report means something else to each.
     dispatcher: the owner's own; what it hears of the engines' loads is passed on, and calls of all clients go through
-    it, so that all engines get them in one order. tcp: where to listen; None: in `folder`.
+    it, so that all engines get them in one order. tcp: where to listen; None: in `folder`. metrics: is told of clients,
+    and they are told what it knows.
     """
 
     def __init__(
@@ -57,7 +60,10 @@ class Coordinator:
         roster: Roster,
         dispatcher: Dispatcher,
         tcp: TcpBinding | None = None,
+        metrics: MetricsHub | None = None,
     ) -> None:
+        self._metrics = metrics or MetricsHub(dispatcher.counters)
+        self._metrics.ask = self._ask_all
         self._loop = asyncio.get_running_loop()
         self._model = model
         self._dispatcher = dispatcher
@@ -107,6 +113,7 @@ class Coordinator:
         """Tell every client that the engines end, and close the socket. Idempotent."""
         self._tell_all(messages.Farewell())
         self._clients.clear()
+        self._metrics.close()
         for call in self._calls:
             call.cancel()
         for timer in (self._publishing, self._probing):
@@ -181,10 +188,12 @@ class Coordinator:
                 return False
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._forget(identity)
+            self._forget(identity, for_good=False)
         return True
 
-    def _forget(self, identity: bytes) -> None:
+    def _forget(self, identity: bytes, *, for_good: bool) -> None:
+        """for_good: it said so; else it may come back."""
+        self._metrics.on_leave(identity, for_good=for_good)
         if self._clients.pop(identity, None) is not None and not self._clients:
             self._dispatcher.watch_loads(None)
             self._reports.clear()  # soon out of date
@@ -196,12 +205,17 @@ class Coordinator:
         match messages.decode(messages.to_coordinator_decoder, frames[1]) if len(frames) == 2 else None:
             case None:
                 self.num_malformed += 1
+                self._dispatcher.counters.malformed()
             case messages.Attach(version):
                 self._attach(identity, version)
             case messages.Detach():
-                self._forget(identity)
+                self._forget(identity, for_good=True)
             case messages.CollectiveCall() as call:
                 self._call(identity, call)
+            case messages.MetricsReport() as report:
+                self._metrics.on_report(identity, report)
+            case messages.MetricsQuery() as query:
+                self._query(identity, query)
 
     def _attach(self, identity: bytes, version: int) -> None:
         self._send(identity, self._welcome(identity))
@@ -210,6 +224,7 @@ class Coordinator:
         if not self._clients:
             self._dispatcher.watch_loads(self._on_load_report)
         self._clients[identity] = _Client()
+        self._metrics.on_attach(identity)
         if self._probing is None:
             self._probing = self._loop.call_later(_PROBE_DELAY_S, self._probe)
 
@@ -226,7 +241,10 @@ class Coordinator:
             refusals = [messages.EngineResult(member.engine_id, error=error) for member in self._roster.members]
             self._send(identity, messages.CollectiveResult(call.call_id, refusals))
             return
-        task = self._loop.create_task(self._answer(identity, call, self._dispatcher.call(call.method, call.args)))
+        self._start(self._answer(identity, call, self._dispatcher.call(call.method, call.args)))
+
+    def _start(self, answering: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(answering)
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 
@@ -240,3 +258,32 @@ class Coordinator:
         client.results.append(result)
         if not client.behind:
             self._update(identity, client)  # with what the engines said before they answered, such as that they pause
+
+    # --- metrics
+
+    def _ask_all(self, message: messages.MetricsRound) -> set[bytes]:
+        """Send it to every client that reads. To which it went."""
+        asked = {
+            identity
+            for identity, client in list(self._clients.items())
+            if not client.behind and self._send(identity, message)
+        }
+        return asked & self._clients.keys()
+
+    def _query(self, identity: bytes, query: messages.MetricsQuery) -> None:
+        if identity not in self._clients:
+            return
+        if query.fresh and len(self._calls) < _MAX_CALLS:
+            self._start(self._answer_after_round(identity, query.query_id))
+        else:
+            self._tell_metrics(identity, query.query_id)
+
+    async def _answer_after_round(self, identity: bytes, query_id: int) -> None:
+        await self._metrics.run_round()
+        self._tell_metrics(identity, query_id)
+
+    def _tell_metrics(self, identity: bytes, query_id: int) -> None:
+        """A client that does not read must ask again."""
+        engines, clients = self._metrics.counts()
+        if identity in self._clients:
+            self._send(identity, messages.MetricsAnswer(query_id, engines, clients))

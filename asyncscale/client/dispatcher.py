@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -20,7 +21,10 @@ from asyncscale.client.options import Limits
 from asyncscale.client.policies import EngineLoad, Policy, RoutingRequest
 from asyncscale.client.router import Router
 from asyncscale.client.stream import RequestStream
-from asyncscale.errors import EngineDeadError
+from asyncscale.errors import EngineDeadError, OverloadedError
+from asyncscale.metrics.request_counters import RequestCounters
+
+logger = logging.getLogger(__name__)
 
 # The running mean of how many tokens requests make: where it begins, and how much the newest request counts.
 _FIRST_MEAN_OUTPUT_TOKENS = 256.0
@@ -50,11 +54,13 @@ class Dispatcher:
         )
         self._router = Router(policy, first_turn=int.from_bytes(identity[-2:]))
         self._live = LiveRequests()
-        self._intake = Intake(self._live, self._router, self)
+        self.counters = RequestCounters(identity)
+        self._intake = Intake(self._live, self._router, self, self.counters)
         self._held = HoldQueue()
         self._admission = Admission(
             self._held, limits.max_queued_requests, limits.max_queued_tokens, self._num_waiting_at
         )
+        self.counters.num_held = lambda: len(self._held) + len(self._admission)
         self._dispatching: asyncio.Handle | None = None
         self._mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._load_waiters: set[asyncio.Future[None]] = set()
@@ -67,6 +73,11 @@ class Dispatcher:
     def engine_ids(self) -> tuple[int, ...]:
         """All engines, also those that died, in order."""
         return self._fleet.engine_ids
+
+    @property
+    def connections(self) -> tuple[EngineConnection, ...]:
+        """To the engines that take requests."""
+        return tuple(self._fleet[engine_id] for engine_id in self._fleet)
 
     @property
     def last_death(self) -> EngineDeadError | None:
@@ -101,7 +112,14 @@ class Dispatcher:
         if connection is not None:
             self._router.leave(error.engine_id)
             last_step_began = connection.last_step_began
-            for request in self._live.aboard(error.engine_id):
+            aboard = self._live.aboard(error.engine_id)
+            logger.info(
+                "engine %d had %d requests of this client, which go on elsewhere",
+                error.engine_id,
+                len(aboard),
+                extra={"engine_id": error.engine_id},
+            )
+            for request in aboard:
                 self._rescue(request, error, was_aboard=request.sent_at < last_step_began)
         self._fail_hopeless()
         self._dispatch_held()
@@ -145,7 +163,10 @@ class Dispatcher:
 
     def _move(self, request: RequestStream) -> None:
         """Have what is left of the request done anew."""
+        self.counters[request.engine_id].moved()
         request.num_moves += 1
+        if request.span is not None:
+            request.span.moved(request.engine_id)
         request.engine_id = None
         self._live.renumber(request)
         if request.pinned_engine is None:
@@ -235,6 +256,11 @@ class Dispatcher:
         """Requests that have not ended, of all clients as far as is known."""
         return max(self.num_live, sum(load.in_flight for load in self.loads()))
 
+    @property
+    def num_held(self) -> int:
+        """Requests that wait here for a free slot, or for the engine that they are for."""
+        return len(self._held) + sum(map(len, self._stranded.values()))
+
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
 
@@ -254,7 +280,11 @@ class Dispatcher:
         if admission:
             self._dispatch_held()  # what became free in this very tick is for those who wait
         if pinned_engine is not None or not self._has_room():
-            admission.check(pinned_engine, num_tokens)
+            try:
+                admission.check(pinned_engine, num_tokens)
+            except OverloadedError:
+                self.counters.rejected()
+                raise
 
     def _num_waiting_at(self, engine_id: int) -> int:
         """This client's requests that wait for a slot of this engine alone, or for it to return."""
@@ -304,13 +334,14 @@ class Dispatcher:
     def _has_room(self) -> bool:
         return not self._held and self._router.has_room(time.monotonic())
 
-    def abort(self, request: RequestStream, error: Exception) -> None:
+    def abort(self, request: RequestStream, error: BaseException) -> None:
         """End the request with `error`, here at once and on its engine as soon as it hears."""
         self.abort_on_engine(request, [choice.wire_id for choice in request.open_choices])
         request.fail(error)
 
     def request_ended(self, request: RequestStream) -> None:
         """Forget a request that has all its tokens or failed. Called by its stream."""
+        self.counters.ended(request, time.monotonic())
         if request.error is None:
             num_tokens = request.num_tokens / len(request.choices)
             self._mean_output_tokens += _MEAN_OUTPUT_WEIGHT * (num_tokens - self._mean_output_tokens)
@@ -368,6 +399,10 @@ class Dispatcher:
             self._router.sent(engine_id, message.n, message.n * message.weight)
         request.engine_id = engine_id
         request.scores = scores
+        if request.first_token_at is None:
+            request.queued_at = request.sent_at
+        if request.num_moves == 0:
+            self.counters[engine_id].held(request.sent_at - request.arrival)
 
     def abort_on_engine(self, request: RequestStream, wire_ids: list[int]) -> None:
         """Have the engine end these of its choices."""
@@ -395,9 +430,13 @@ class Dispatcher:
             self._load_watcher(engine_id, report)
         self.report(engine_id, report.load)
 
-    def close(self, error: Exception) -> None:
-        """End every request with `error`, tell the engines that this client leaves, and close the sockets."""
+    def abort_all(self, error: BaseException) -> None:
+        """End every request with `error`."""
         for request in self._live:
             self.abort(request, error)
+
+    def close(self, error: Exception) -> None:
+        """End every request with `error`, tell the engines that this client leaves, and close the sockets."""
+        self.abort_all(error)
         self._fleet.close(error)
         self._notify_loads()

@@ -25,7 +25,7 @@ class EngineProcess:
     """started_at, ready_at: of the event loop's clock. facts, address: once it is ready. failure: why it did not start,
     if it could say so.
 
-    hang_detector: None when nobody minds. verdict: why its owner killed it, if it did.
+    hang_detector: None when nobody minds. verdict: why its owner killed it, if it did. hung: that was why.
     """
 
     spec: EngineSpec
@@ -38,6 +38,7 @@ class EngineProcess:
     ready_at: float | None = None
     failure: messages.Failed | None = None
     verdict: str | None = field(default=None, init=False)
+    hung: bool = field(default=False, init=False)
 
     @property
     def engine_id(self) -> int:
@@ -46,6 +47,11 @@ class EngineProcess:
     @property
     def pid(self) -> int | None:
         return self.process.pid
+
+    def tell(self, message: messages.LogLevels) -> None:
+        """Send the process a message over its lifeline."""
+        with contextlib.suppress(OSError):  # it has just ended
+            self.lifeline.send_bytes(messages.encoder.encode(message))
 
     def kill(self, verdict: str) -> None:
         """End the process now. Its exit is noticed like any other."""
@@ -61,7 +67,7 @@ class EngineProcess:
         """The files of the incarnation before this one: by now everybody has read them."""
         if self.spec.incarnation:
             before = msgspec.structs.replace(self.spec, incarnation=self.spec.incarnation - 1)
-            for path in (before.stderr_path, before.progress_path):
+            for path in (before.stderr_path, before.progress_path, before.counters_path):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -23,10 +24,15 @@ from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.loss_monitor import GRACE_S
+from asyncscale.client.metrics_hub import MetricsHub
+from asyncscale.client.metrics_link import MetricsLink
 from asyncscale.client.roster import Roster
 from asyncscale.client.supervisor import Launch, Supervisor
 from asyncscale.config import ModelSource
 from asyncscale.errors import AsyncScaleError, ClientClosedError, EngineError
+from asyncscale.metrics.snapshot import Counts
+
+logger = logging.getLogger(__name__)
 
 # An owner that is there answers within milliseconds, unless its event loop is blocked by user code.
 _ATTACH_TIMEOUT_S = 10.0
@@ -51,6 +57,12 @@ class Engines(Protocol):
     async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls."""
 
+    def counts(self) -> Counts:
+        """What engines and clients have counted, as far as is known here. From any thread."""
+
+    async def fresh_counts(self) -> Counts:
+        """What they have counted until now."""
+
     async def stop(self) -> None:
         """End or leave them. Bounded; idempotent."""
 
@@ -70,11 +82,12 @@ class OwnedEngines:
         self.model = launch.model
         self.roster = Roster(dispatcher)
         self._dispatcher = dispatcher
+        self._metrics = MetricsHub(dispatcher.counters)
         self.supervisor = Supervisor(launch, self._on_ready, self._on_death)
         try:
             self.supervisor.spawn()
             self._coordinator = Coordinator(
-                context, self.supervisor.folder, self.model, self.roster, dispatcher, launch.tcp
+                context, self.supervisor.folder, self.model, self.roster, dispatcher, launch.tcp, self._metrics
             )
         except BaseException:
             self.supervisor.abandon()
@@ -89,6 +102,15 @@ class OwnedEngines:
         """Run a method once on every engine, in one order with all other clients' calls."""
         return await self._dispatcher.call(method, args)
 
+    def counts(self) -> Counts:
+        """What engines have counted until now, and clients as far as they have said."""
+        return self._metrics.counts()
+
+    async def fresh_counts(self) -> Counts:
+        """After a round over all clients."""
+        await self._metrics.run_round()
+        return self._metrics.counts()
+
     async def stop(self) -> None:
         """End all engines."""
         self._coordinator.close()
@@ -99,6 +121,7 @@ class OwnedEngines:
         self.supervisor.abandon()
 
     def _on_ready(self, engine: EngineProcess, facts: messages.EngineFacts, last_error: str | None) -> None:
+        self._metrics.engines.up(engine.engine_id, engine.spec.counters_path)
         load = messages.Load(0, 0, 0, 0, 0, 0, 0, facts.num_blocks)
         spec = engine.spec
         self._coordinator.join(
@@ -113,6 +136,7 @@ class OwnedEngines:
         return self._coordinator.num_malformed
 
     def _on_death(self, engine: EngineProcess, error: EngineError, returns: bool) -> None:
+        self._metrics.engines.down(engine.engine_id, hung=engine.hung)
         self._coordinator.leave(
             messages.Left(
                 engine.engine_id,
@@ -147,6 +171,7 @@ class AttachedEngines:
         self._client_id = identity
         self._num_malformed = 0
         self._loss: asyncio.TimerHandle | None = None
+        self._metrics = MetricsLink(self._loop, dispatcher.counters, self._send)
         self._connect()
 
     def _connect(self) -> None:
@@ -190,9 +215,19 @@ class AttachedEngines:
         finally:
             del self._calls[call_id]
 
+    def counts(self) -> Counts:
+        """What the owner said last, and what this client has counted."""
+        return self._metrics.counts()
+
+    async def fresh_counts(self) -> Counts:
+        """What the owner says after a round over all clients."""
+        return await self._metrics.fresh()
+
     async def stop(self) -> None:
         """Leave."""
         self._end(ClientClosedError("the client was closed"))
+        self._metrics.report()
+        self._metrics.close()
         self._send(messages.Detach())
         self._disconnect()
 
@@ -214,6 +249,7 @@ class AttachedEngines:
         match messages.decode(messages.from_coordinator_decoder, frames[0]) if len(frames) == 1 else None:
             case None:
                 self._num_malformed += 1
+                self._dispatcher.counters.malformed()
             case messages.Welcome() as welcome:
                 self._on_welcome(welcome)
             case messages.Counts(loads):
@@ -227,8 +263,12 @@ class AttachedEngines:
                 future = self._calls.get(call_id)
                 if future is not None and not future.done():
                     future.set_result(results)
+            case messages.MetricsRound(round_id):
+                self._metrics.on_round(round_id)
+            case messages.MetricsAnswer() as answer:
+                self._metrics.on_answer(answer)
             case messages.Farewell():
-                self._owner_left("its owner closed")
+                self._owner_left("its owner closed", logging.INFO)
 
     def _on_welcome(self, welcome: messages.Welcome) -> None:
         """The first one starts the client; a later one stands for all the messages that it missed."""
@@ -241,6 +281,7 @@ class AttachedEngines:
             )
             return
         self.roster.replace(welcome.members, welcome.left)
+        self._metrics.on_welcome()
         if not self._welcome.done():
             self._welcome.set_result(welcome)
 
@@ -253,7 +294,7 @@ class AttachedEngines:
             case "disconnected" if self._let_in:
                 pass  # "unreachable" follows what has arrived before
             case "refused" | "disconnected" | "unreachable" if self._welcome.done():
-                self._owner_left("its owner died")
+                self._owner_left("its owner died", logging.ERROR)
             case "refused" | "disconnected":
                 self._end(
                     AsyncScaleError(
@@ -273,7 +314,7 @@ class AttachedEngines:
         if self._ended is not None:
             return
         if not transport.is_listening(self.address):
-            self._owner_left("its owner died")
+            self._owner_left("its owner died", logging.ERROR)
             return
         self._disconnect()
         self._fail_calls(AsyncScaleError("the connection to the owner was lost before it answered"))
@@ -286,8 +327,11 @@ class AttachedEngines:
         if engine_id in self.roster and self.roster[engine_id].incarnation == incarnation:
             self.roster.leave(messages.Left(engine_id, incarnation, f"engine {engine_id} died", None, returns=True))
 
-    def _owner_left(self, reason: str) -> None:
+    def _owner_left(self, reason: str, level: int) -> None:
+        if self._ended is None:
+            logger.log(level, "all engines ended: %s", reason)
         self.roster.leave_all(reason)
+        self._metrics.on_owner_left()
         self._end(AsyncScaleError(f"the engines ended: {reason}"))
 
     def _end(self, error: AsyncScaleError) -> None:

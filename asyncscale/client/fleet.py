@@ -97,7 +97,6 @@ class Fleet:
             self._outages.end(engine_id)
         connection = self._connections.pop(engine_id, None)
         if connection is not None:
-            logger.error("%s", error)
             connection.drain()
             connection.close(error)
         return connection
@@ -105,7 +104,11 @@ class Fleet:
     def reconnect(self, connection: EngineConnection) -> None:
         """The connection was lost, and its engine was not: it has dropped what this client had there."""
         engine_id = connection.engine_id
-        logger.warning("the connection to engine %d was lost; its requests are sent again", engine_id)
+        logger.warning(
+            "engine %d: the connection to it was lost; its requests are sent again",
+            engine_id,
+            extra={"engine_id": engine_id},
+        )
         connection.close(EngineError(f"the connection to engine {engine_id} was lost", engine_id=engine_id))
         self._connect(connection.member)
 

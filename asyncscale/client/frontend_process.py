@@ -115,7 +115,8 @@ async def _run_main(job: FrontendJob, function: bytes) -> Any:
     async with AsyncScaleClient.attach(job.address) as client:
         running = main(client, job.index)
         if not inspect.isawaitable(running):
-            raise TypeError(f"main must be an async function, but it returned {type(running).__name__}")
+            kind = type(running).__name__
+            raise TypeError(f"main must be an async function, but it returned {kind}: write `async def`")
         return await running
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -54,8 +56,7 @@ async def run_frontends(main: Callable[[AsyncScaleClient, int], Awaitable[T]], c
 
 
 def _check(main: Callable[..., Any], count: int, address: str) -> bytes:
-    if not callable(main):
-        raise TypeError(f"main must be an async function (client, index), got {type(main).__name__}")
+    _check_function(main)
     if not isinstance(count, int) or isinstance(count, bool):
         raise TypeError(f"count must be an integer, got {type(count).__name__}")
     if count < 1:
@@ -68,6 +69,21 @@ def _check(main: Callable[..., Any], count: int, address: str) -> bytes:
             f"main cannot be sent to another process: it refers to something that cannot be pickled ({error}). "
             "Make or open that in main itself; a client is passed to it"
         ) from error
+
+
+def _check_function(main: object) -> None:
+    wanted = "main must be an async function (client, index)"
+    if not callable(main):
+        cure = ": pass main itself, not what it returns" if inspect.iscoroutine(main) else ""
+        raise TypeError(f"{wanted}, got {type(main).__name__}{cure}")
+    if inspect.isasyncgenfunction(main) or inspect.isgeneratorfunction(main):
+        raise TypeError(f"{wanted} that returns its results, but it yields")
+    with contextlib.suppress(ValueError):  # some callables do not tell their arguments
+        signature = inspect.signature(main)
+        try:
+            signature.bind(None, 0)
+        except TypeError as error:
+            raise TypeError(f"{wanted}, but its arguments are {signature}: {error}") from None
 
 
 async def _stop(frontends: Sequence[_Frontend]) -> None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
-from typing import Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, NoReturn, Protocol, Self
 
 import msgspec
 
 from asyncscale.client.choice import ChoiceStream
-from asyncscale.client.completion import Completion
+from asyncscale.client.completion import Completion, Timing
 from asyncscale.client.exceptions import fresh
+from asyncscale.client.misuse import no_attribute, not_on_its_loop, stays_here
 from asyncscale.client.stream import RequestStream
 from asyncscale.errors import RequestAbortedError
 from asyncscale.messages import FinishReason
+
+
+class TokenSource(Protocol):
+    """What a token asks for what is not its own: the choice that it belongs to, or what is left of that."""
+
+    @property
+    def index(self) -> int: ...
+    def text_at(self, index: int, /) -> str: ...
+    def logprob_at(self, index: int, /) -> float | None: ...
 
 
 class Token(msgspec.Struct, eq=False, gc=False):
@@ -25,22 +36,22 @@ class Token(msgspec.Struct, eq=False, gc=False):
     asked for, else None. finish_reason: on a choice's last token, why it ended ("stop" or "length"), else None.
     """
 
-    _stream: ChoiceStream
+    _source: TokenSource
     index: int
     token_id: int
     finish_reason: FinishReason | None = None
 
     @property
     def text(self) -> str:
-        return self._stream.text_at(self.index)
+        return self._source.text_at(self.index)
 
     @property
     def choice(self) -> int:
-        return self._stream.index
+        return self._source.index
 
     @property
     def logprob(self) -> float | None:
-        return self._stream.logprob_at(self.index)
+        return self._source.logprob_at(self.index)
 
     def __str__(self) -> str:
         return self.text
@@ -63,6 +74,17 @@ class Generation:
 
     __slots__ = ("__weakref__", "_abort", "_client", "_loop", "_stream")
 
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise no_attribute(self, name, "(await generation)")
+
+        def __iter__(self) -> NoReturn:
+            raise TypeError("a Generation is read with `async for`; synchronous programs use asyncscale.blocking")
+
+        def __reduce__(self) -> NoReturn:
+            raise stays_here(self)
+
     def __init__(
         self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None], client: object = None
     ) -> None:
@@ -80,12 +102,22 @@ class Generation:
         """Whether it has ended, well or not."""
         return self._stream.done
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have arrived, of all choices."""
+        return self._stream.num_tokens
+
+    @property
+    def timing(self) -> Timing:
+        """When what happened, so far; also of one that failed."""
+        return self._stream.timing()
+
     def abort(self) -> None:
         """End it on its engine. Who reads it gets RequestAbortedError. Does nothing when it has ended."""
         if not self._stream.done:
             self._abort(self._stream, RequestAbortedError(f"request {self.request_id!r} was aborted"))
 
-    def __aiter__(self) -> AsyncIterator[Token]:
+    def __aiter__(self) -> Reader:
         stream = self._stream
         if stream.arrivals is None:
             return _ChoiceReader(self, stream.choices[0])
@@ -94,6 +126,7 @@ class Generation:
     def __await__(self) -> Generator[object, None, Completion]:
         stream = self._stream
         while not stream.done:
+            self._check_loop()
             try:
                 yield from stream.wait_end().__await__()
             except asyncio.CancelledError:
@@ -105,13 +138,28 @@ class Generation:
 
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
-        return f"<Generation {self.request_id!r} {state}, {self._stream.num_tokens} tokens>"
+        cure = "`await` gives all of it, `async for` reads it"
+        return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: {cure}>"
+
+    def _check_loop(self) -> None:
+        if asyncio._get_running_loop() is not self._loop:
+            raise not_on_its_loop(f"request {self.request_id!r}", self._loop)
+
+    def _repr_html_(self) -> str:
+        from asyncscale.notebook.completion_card import generation_html
+
+        return generation_html(self)
 
     def __del__(self) -> None:
-        _abort_unread(self._loop, self._stream, self._abort)
+        if not self._stream.done:  # when the interpreter ends, functions may go before this does
+            _abort_unread(self._loop, self._stream, self._abort, ForgottenError)
 
 
-class _Reader:
+class ForgottenError(RequestAbortedError):
+    """Nobody has read the request, and nobody can any more: so nobody sees this, but whoever looks at its stream."""
+
+
+class Reader(ABC):
     """One pass over the tokens. When it goes away before the end, its loop was left early."""
 
     __slots__ = ("_generation",)
@@ -122,11 +170,20 @@ class _Reader:
     def __aiter__(self) -> Self:
         return self
 
+    @abstractmethod
+    async def __anext__(self) -> Token: ...
+
+    @property
+    @abstractmethod
+    def has_arrived(self) -> bool:
+        """Whether the next token is there already."""
+
     async def _wait(self, source: ChoiceStream | RequestStream) -> None:
         """Return when there may be more; raise when there is not."""
         if source.done:
             error = self._generation._stream.error
             raise StopAsyncIteration if error is None else fresh(error)
+        self._generation._check_loop()
         try:
             await source.wait_token()
         except asyncio.CancelledError:
@@ -135,10 +192,11 @@ class _Reader:
 
     def __del__(self) -> None:
         generation = self._generation
-        _abort_unread(generation._loop, generation._stream, generation._abort)
+        if not generation.done:
+            _abort_unread(generation._loop, generation._stream, generation._abort)
 
 
-class _ChoiceReader(_Reader):
+class _ChoiceReader(Reader):
     """The tokens of a request's only choice."""
 
     __slots__ = ("_choice", "_next")
@@ -148,6 +206,10 @@ class _ChoiceReader(_Reader):
         self._choice = choice
         self._next = 0
 
+    @property
+    def has_arrived(self) -> bool:
+        return self._next < len(self._choice.token_ids)
+
     async def __anext__(self) -> Token:
         choice, index = self._choice, self._next
         while index >= len(choice.token_ids):
@@ -156,7 +218,7 @@ class _ChoiceReader(_Reader):
         return _token(choice, index)
 
 
-class _InterleavedReader(_Reader):
+class _InterleavedReader(Reader):
     """The tokens of several choices, in the order in which they came."""
 
     __slots__ = ("_arrivals", "_cursors", "_next", "_stream")
@@ -167,6 +229,10 @@ class _InterleavedReader(_Reader):
         self._arrivals = arrivals
         self._next = 0
         self._cursors = [0] * len(stream.choices)
+
+    @property
+    def has_arrived(self) -> bool:
+        return self._next < len(self._arrivals)
 
     async def __anext__(self) -> Token:
         while self._next >= len(self._arrivals):
@@ -185,12 +251,15 @@ def _token(choice: ChoiceStream, index: int) -> Token:
 
 
 def _abort_unread(
-    loop: asyncio.AbstractEventLoop, stream: RequestStream, abort: Callable[[RequestStream, Exception], None]
+    loop: asyncio.AbstractEventLoop,
+    stream: RequestStream,
+    abort: Callable[[RequestStream, Exception], None],
+    kind: type[RequestAbortedError] = RequestAbortedError,
 ) -> None:
     """End a request whose reader went away. May run in any thread: wherever the garbage collector does."""
-    if stream.done or loop.is_closed():
+    if loop.is_closed():
         return
-    error = RequestAbortedError(f"request {stream.request_id!r} was left before its end")
+    error = kind(f"request {stream.request_id!r} was left before its end")
     if asyncio._get_running_loop() is loop:
         abort(stream, error)
     else:

@@ -11,6 +11,9 @@ from asyncscale.client.live_requests import LiveRequests
 from asyncscale.client.router import Router
 from asyncscale.client.stream import RequestStream
 from asyncscale.errors import EngineError, RequestAbortedError
+from asyncscale.metrics.request_counters import RequestCounters
+
+_NEVER = float("nan")
 
 
 class Ending(Protocol):
@@ -27,8 +30,9 @@ class Intake:
     """Tokens to their streams, and what is learned by the way to the router. Whatever makes no sense ends the requests
     that it may have been about, and is counted."""
 
-    def __init__(self, live: LiveRequests, router: Router, ending: Ending) -> None:
+    def __init__(self, live: LiveRequests, router: Router, ending: Ending, counters: RequestCounters) -> None:
         self._live = live
+        self._counters = counters
         self._router = router
         self._ending = ending
         self.num_malformed = 0  # messages that were dropped because they made no sense
@@ -36,6 +40,7 @@ class Intake:
     def on_nonsense(self, engine_id: int) -> None:
         """A message was dropped: it may have held tokens of any request aboard, which would go on without them."""
         self.num_malformed += 1
+        self._counters.malformed()
         for request in self._live.aboard(engine_id):
             error = "a message of its engine made no sense, and may have held some of its tokens"
             self._ending.abort(request, EngineError(f"request {request.request_id!r}: {error}", engine_id=engine_id))
@@ -47,17 +52,36 @@ class Intake:
             self._end_impossible(engine_id, vocab_size, outputs)
         if outputs.logprobs or outputs.prompt_logprobs:
             self._on_logprobs(outputs)
+        for started in outputs.started:
+            self._on_started(started)
+        for wire_id in outputs.preempted:
+            self._on_preempted(engine_id, wire_id)
         now = time.monotonic()
         find = self._live.choices.get
         to_check: list[ChoiceStream] = []
+        counts = self._counters[engine_id]
+        # Most choices got their token before this one in the same message, and so share that time: one object.
+        before, num_alike, num_unwanted = _NEVER, 0, 0
         for wire_id, token_id in zip(outputs.request_ids, token_ids, strict=True):
             choice = find(wire_id)
             if choice is None:
-                continue  # it ended here before its engine knew
-            if not choice.token_ids:
+                num_unwanted += 1  # it ended here before its engine knew
+                continue
+            last = choice.last_token_at
+            if last is before:
+                num_alike += 1
+            elif last is None:
                 self._on_first_token(engine_id, choice.request, now)
+            elif last is not now:  # else it is one of several tokens that came together
+                if num_alike:
+                    counts.inter_token_latency(now - before, num_alike)
+                before, num_alike = last, 1
             if choice.push(token_id, now):
                 to_check.append(choice)
+        if num_alike:
+            counts.inter_token_latency(now - before, num_alike)
+        counts.received(len(token_ids) - num_unwanted)
+        self._counters.on_change()
         for finished in outputs.finished:
             self._on_finished(engine_id, finished)
         for choice in to_check:
@@ -68,6 +92,7 @@ class Intake:
     def _end_impossible(self, engine_id: int, vocab_size: int, outputs: messages.Outputs) -> None:
         """End the requests that were sent a token which the model does not have."""
         self.num_malformed += 1
+        self._counters.malformed()
         for wire_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
             choice = self._live.choices.get(wire_id)
             if choice is not None and not 0 <= token_id < vocab_size:
@@ -76,9 +101,28 @@ class Intake:
                 error = f"request {request.request_id!r}: {error}"
                 self._ending.abort(request, EngineError(error, engine_id=engine_id))
 
+    def _on_started(self, started: messages.Started) -> None:
+        choice = self._live.choices.get(started.request_id)
+        if choice is not None and choice.request.first_token_at is None:  # else another choice or engine had one before
+            request = choice.request
+            request.queued_s = started.queued_s
+            request.prefill_s = started.prefill_s
+            request.num_cached_tokens = started.num_cached_tokens
+
+    def _on_preempted(self, engine_id: int, wire_id: int) -> None:
+        choice = self._live.choices.get(wire_id)
+        if choice is not None:
+            request = choice.request
+            request.num_preemptions += 1
+            if request.span is not None:
+                request.span.preempted(engine_id)
+
     def _on_first_token(self, engine_id: int, request: RequestStream, now: float) -> None:
         if request.first_token_at is None:
             request.first_token_at = now
+            if request.span is not None:
+                request.span.first_token()
+            self._counters[engine_id].first_token(now - request.arrival)
             self._router.computed(engine_id, request.prefix_hashes)
             request.prefix_hashes = ()
 
@@ -99,10 +143,6 @@ class Intake:
         self._live.discard_choice(choice)
         request = choice.request
         self._router.ended(engine_id, 1, request.weight)
-        if choice.index == 0:
-            request.queued_s = finished.queued_s
-            request.num_cached_tokens = finished.num_cached_tokens
-        request.num_preemptions += finished.num_preemptions
         if finished.reason in ("stop", "length"):
             choice.finish(finished.reason, finished.stop_token_id)
         elif finished.reason == "abort":

@@ -43,9 +43,18 @@ class LossMonitor:
             self._socket.disable_monitor()
         self._monitor.close()
 
+    def cut(self) -> None:
+        """Break the connection. It is lost like any other."""
+        self._socket.disconnect(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        self._on_unreachable()
+
     def _on_event(self, frames: list[bytes]) -> None:
         event = transport.connection_event(frames)
         if event == "connected":
             self.was_connected = True
-        elif event == "unreachable" and self._timer is None:
+        elif event == "unreachable":
+            self._on_unreachable()
+
+    def _on_unreachable(self) -> None:
+        if self._timer is None:
             self._timer = self._loop.call_later(GRACE_S, self._on_loss)

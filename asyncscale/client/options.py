@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,23 @@ from asyncscale.checkpoint.progress import Progress
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.policies import POLICIES, Policy
 from asyncscale.config import CheckpointFiles, EngineConfig
+from asyncscale.params import SamplingParams
+from asyncscale.suggestions import did_you_mean
+
+# How vLLM, SGLang, transformers and llama.cpp call the same.
+_SYNONYMS = {
+    "data_parallel_size": "num_engines",
+    "dp_size": "num_engines",
+    "num_workers": "num_engines",
+    "gpu_memory_utilization": "kv_cache_memory_fraction",
+    "mem_fraction_static": "kv_cache_memory_fraction",
+    "torch_dtype": "dtype",
+    "context_length": "max_model_len",
+    "n_ctx": "max_model_len",
+    "max_running_requests": "max_num_seqs",
+    "n_threads": "threads_per_engine",
+    "num_threads": "threads_per_engine",
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +59,16 @@ def find_model(model: str | os.PathLike[str], progress: Progress) -> tuple[Check
     return files, ModelConfig.load(files)
 
 
-def engine_config(options: Mapping[str, Any]) -> EngineConfig:
-    """Raises TypeError for an unknown option, with the closest known one, and ValueError for a wrong value."""
-    known = EngineConfig.__struct_fields__
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-            raise TypeError(f"AsyncScaleClient has no option {name!r}{hint}")
+def engine_config(options: Mapping[str, Any], client_options: Iterable[str]) -> EngineConfig:
+    """client_options: what a client takes besides.
+
+    Raises TypeError for an unknown option, with the closest known one, and ValueError for a wrong value.
+    """
+    if unknown := options.keys() - set(EngineConfig.__struct_fields__):
+        name, known = min(unknown), [*client_options, *EngineConfig.__struct_fields__]
+        of_requests = name in SamplingParams.__struct_fields__
+        cure = ": pass it to generate, for each request" if of_requests else did_you_mean(name, known, _SYNONYMS)
+        raise TypeError(f"AsyncScaleClient has no option {name!r}{cure}")
     try:
         return msgspec.convert(options, EngineConfig)
     except msgspec.ValidationError as error:

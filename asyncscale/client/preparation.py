@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -56,12 +56,20 @@ class RequestOptions:
             raise InvalidRequestError(f"session must be a string, got {self.session!r}")
 
 
+def _draw_seed() -> int:
+    return random.getrandbits(64)
+
+
 @dataclass(frozen=True)
 class Preparation:
-    """What a client needs to know of model and engines to check a request without asking them."""
+    """What a client needs to know of model and engines to check a request without asking them.
+
+    draw_seed: gives a request that has no seed one of 64 bits.
+    """
 
     codec: TextCodec
     facts: EngineFacts
+    draw_seed: Callable[[], int] = _draw_seed
 
     def encode_prompt(self, prompt: Prompt) -> array[int]:
         """Token ids of a prompt, at least one, int32, the caller's no more. Raises InvalidRequestError."""
@@ -69,7 +77,7 @@ class Preparation:
             token_ids = make_token_ids(self._encode_text(prompt) if isinstance(prompt, str) else prompt)
         except (TypeError, OverflowError):
             raise InvalidRequestError(
-                f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}"
+                f"prompt must be a string or a sequence of token ids, got {_describe(prompt)}{_cure(prompt)}"
             ) from None
         self.check_prompt(token_ids)
         return token_ids
@@ -122,7 +130,7 @@ class Preparation:
             repetition_penalty=float(params.default("repetition_penalty", defaults)),
             presence_penalty=float(params.presence_penalty),
             frequency_penalty=float(params.frequency_penalty),
-            seed=random.getrandbits(64) if params.seed is None else params.seed & _UINT64,
+            seed=self.draw_seed() if params.seed is None else params.seed & _UINT64,
             stop_token_ids=tuple(sorted(stop_token_ids)),
             bad_words_token_ids=bad_words,
             logit_bias=tuple((int(token_id), float(value)) for token_id, value in bias.items()),
@@ -135,6 +143,18 @@ class Preparation:
             if token_id >= self.facts.vocab_size:
                 last = self.facts.vocab_size - 1
                 raise InvalidRequestError(f"{name} holds token id {token_id}, but the model has ids 0 to {last}")
+
+
+def _cure(prompt: object) -> str:
+    """For what somebody may well take for a prompt."""
+    if hasattr(prompt, "tolist") and not hasattr(prompt, "__array_interface__"):  # of numpy: has a wrong shape or type
+        return ": pass its .tolist()"
+    match prompt:
+        case [str() | [*_], *_]:
+            return ". One call is one prompt: `await asyncio.gather(*map(client.generate, prompts))` runs many at once"
+        case [{"role": _}, *_]:
+            return ": pass a conversation to `client.chat`"
+    return ""
 
 
 def _describe(value: object) -> str:

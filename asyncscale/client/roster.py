@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Literal
 
@@ -11,6 +12,8 @@ from asyncscale import messages, progress
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.errors import EngineDeadError
 
+logger = logging.getLogger(__name__)
+
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine is.
@@ -18,7 +21,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     state: "ready" takes requests; "restarting" died and is being started again; "dead" died too often, and stays so.
     restarts: how often it was started again. last_error: how it died last, in a sentence, None while it has not.
     last_step_age: seconds since it last completed a step; None when it has not yet, is not ready, or is on another
-    host.
+    host. pid: of its process, on its host; None while there is none.
     """
 
     engine_id: int
@@ -26,6 +29,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     last_error: str | None
     last_step_age: float | None
+    pid: int | None = None
 
 
 class Roster:
@@ -66,13 +70,20 @@ class Roster:
 
     def leave(self, left: messages.Left) -> bool:
         """An engine died, or one that had died is given up. Whether that is news."""
-        known = self._members.get(left.engine_id) or self._left.get(left.engine_id)
+        member, before = self._members.get(left.engine_id), self._left.get(left.engine_id)
+        known = member or before
         if known is not None and left.incarnation < known.incarnation:
             return False
+        is_given_up = before is not None and before.returns and not left.returns
+        if member is not None or is_given_up:
+            logger.error("%s", dead_error(left), extra={"engine_id": left.engine_id})
+        self._leave(left)
+        return True
+
+    def _leave(self, left: messages.Left) -> None:
         self._members.pop(left.engine_id, None)
         self._left[left.engine_id] = left
         self._dispatcher.leave(dead_error(left), returns=left.returns)
-        return True
 
     def replace(self, members: list[messages.Member], left: list[messages.Left]) -> None:
         """This is how it is, whatever was known before."""
@@ -89,13 +100,13 @@ class Roster:
                 self.join(member)
 
     def leave_all(self, reason: str) -> None:
-        """All engines are gone for good."""
+        """All engines are gone for good, as is to be expected when their owner is."""
         for member in self.members:
             reason_here = f"engine {member.engine_id} ended: {reason}"
-            self.leave(messages.Left(member.engine_id, member.incarnation, reason_here, None))
+            self._leave(messages.Left(member.engine_id, member.incarnation, reason_here, None))
         for left in self.left:
             if left.returns:
-                self.leave(msgspec.structs.replace(left, returns=False))
+                self._leave(msgspec.structs.replace(left, returns=False))
 
     def health(self) -> tuple[EngineHealth, ...]:
         """Every engine's, in order."""
@@ -111,6 +122,7 @@ class Roster:
                 restarts=member.incarnation,
                 last_error=member.last_error,
                 last_step_age=_last_step_age(member.progress_path),
+                pid=member.facts.pid,
             )
         left = self._left[engine_id]
         return EngineHealth(

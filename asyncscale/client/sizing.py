@@ -14,8 +14,8 @@ def auto_num_engines(num_cores: int, config: EngineConfig, model: ModelConfig | 
     """One engine for each core, at most four, and no more than there is memory for: at least one.
 
     An engine of one thread waits for no other. Threads of one engine meet hundreds of times in a step, and as soon as
-    anything else runs on one of their cores, all wait for it: the README has figures. Each engine is to have room for
-    a request that fills the model's context, beside the weights, which they share.
+    anything else runs on one of their cores, all wait for it: docs/engines.md has figures. Each engine is to have room
+    for a request that fills the model's context, beside the weights, which they share.
     model: None for a simulated one, which needs no memory.
     """
     most = min(num_cores, _MAX_ENGINES)

@@ -29,4 +29,6 @@ def wrong_state(state: State, wanted: str) -> ClientStateError:
         case State.RUNNING:
             return ClientStateError(f"cannot {wanted} the client: it is running already")
         case _:
-            return ClientClosedError(f"cannot {wanted} the client: it is {state.value}. Make a new one")
+            return ClientClosedError(
+                f"cannot {wanted} the client: it is {state.value} (leaving `async with` does that). Make a new one"
+            )

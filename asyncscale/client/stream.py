@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,6 +16,9 @@ from asyncscale.client.token_ids import wire_bytes
 from asyncscale.messages import Add, TokenLogprobs
 from asyncscale.params import Sampling, SamplingParams
 from asyncscale.tokenization.codec import TextCodec
+
+if TYPE_CHECKING:
+    from asyncscale.client.tracing import RequestSpan
 
 
 class RequestStream:
@@ -41,16 +45,19 @@ class RequestStream:
         "order",
         "params",
         "pinned_engine",
+        "prefill_s",
         "prefix_hashes",
         "priority",
         "prompt_logprobs",
         "prompt_token_ids",
+        "queued_at",
         "queued_s",
         "request_id",
         "sampling",
         "scores",
         "sent_at",
         "session",
+        "span",
         "timer",
     )
 
@@ -82,7 +89,9 @@ class RequestStream:
         self.pinned_engine = pinned_engine
         self.arrival = arrival
         self.first_token_at: float | None = None
+        self.queued_at: float | None = None  # sent to the engine that computed, or is to compute, its first token
         self.queued_s = 0.0
+        self.prefill_s: float | None = None
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_moves = 0  # how often it was sent anew
@@ -91,9 +100,10 @@ class RequestStream:
         self.engine_id: int | None = None
         self.scores: dict[int, float] = {}  # of every engine, when it was sent
         self.order = wire_id  # of arrival at this client
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.done = False
         self.timer: asyncio.TimerHandle | None = None
+        self.span: RequestSpan | None = None  # if it is traced
         self.prompt_logprobs: list[TokenLogprobs] = []
         # With one choice, tokens arrive in its own order; with more, this is the order over all: the choice of each
         # arrival.
@@ -156,7 +166,7 @@ class RequestStream:
         if self._num_open == 0:
             self._end()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End with an error. The first ending wins."""
         if not self.done:
             self.error = error
@@ -176,6 +186,8 @@ class RequestStream:
         for waiter in self._end_waiters:
             resolve(waiter)
         self._end_waiters.clear()
+        if self.span is not None:
+            self.span.end(self)
 
     def wait_token(self) -> asyncio.Future[None]:
         """Like that of a choice, for a token of any of them."""
@@ -204,12 +216,15 @@ class RequestStream:
         """When what happened, so far."""
         return Timing(
             arrival=self.arrival,
+            queued=self.queued_at,
             queued_s=self.queued_s,
+            prefill_s=self.prefill_s,
             first_token=self.first_token_at,
             last_token=max((c.last_token_at for c in self.choices if c.last_token_at is not None), default=None),
             engine=self.engine_id,
             scores=self.scores,
             num_output_tokens=self.num_tokens,
+            longest_output=max(len(choice.token_ids) for choice in self.choices),
             num_cached_tokens=self.num_cached_tokens,
             num_preemptions=self.num_preemptions,
             num_moves=self.num_moves,

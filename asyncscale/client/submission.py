@@ -11,6 +11,7 @@ from asyncscale.client.exceptions import fresh
 from asyncscale.client.generation import Generation
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.stream import RequestStream
+from asyncscale.client.tracing import Tracing
 from asyncscale.errors import InvalidRequestError, RequestAbortedError, RequestTimeoutError
 from asyncscale.messages import EngineFacts
 from asyncscale.params import SamplingParams
@@ -23,9 +24,10 @@ _LONGEST_TIMEOUT_S = 1e8
 class Submission:
     """Checks requests, makes their streams, and hands them to the dispatcher."""
 
-    def __init__(self, preparation: Preparation, dispatcher: Dispatcher) -> None:
+    def __init__(self, preparation: Preparation, dispatcher: Dispatcher, tracing: Tracing | None = None) -> None:
         self._preparation = preparation
         self._dispatcher = dispatcher
+        self._tracing = tracing or Tracing(None)
 
     @property
     def codec(self) -> TextCodec:
@@ -36,9 +38,15 @@ class Submission:
         return self._preparation.facts
 
     def submit(
-        self, make_prompt: Callable[[], Prompt], params: SamplingParams, options: RequestOptions, client: object
+        self,
+        make_prompt: Callable[[], Prompt],
+        params: SamplingParams,
+        options: RequestOptions,
+        client: object,
+        operation: str = "text_completion",
     ) -> Generation:
         """Start a request. make_prompt: called when the options have proved right. client: lives while it is read.
+        operation: see `Tracing.follow`.
 
         Raises InvalidRequestError, OverloadedError, EngineDeadError, and what a routing policy of the user's raises.
         """
@@ -47,6 +55,7 @@ class Submission:
         stream = self._make_stream(make_prompt(), params, options)
         self._dispatcher.check_room(options.engine, len(stream.prompt_token_ids))
         self._dispatcher.submit(stream)
+        self._tracing.follow(stream, operation)
         self._start_timer(stream, options)
         return Generation(stream, self._dispatcher.abort, client)
 
@@ -58,6 +67,7 @@ class Submission:
         self._validate(options)
         stream = self._make_stream(make_prompt(), params, options)
         admitted = self._dispatcher.submit_in_turn(stream)
+        self._tracing.follow(stream, "text_completion")
         self._start_timer(stream, options)
         try:
             await admitted

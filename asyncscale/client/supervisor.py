@@ -15,6 +15,7 @@ import msgspec
 from asyncscale import messages, progress, transport
 from asyncscale.address import TcpBinding
 from asyncscale.client import child_process
+from asyncscale.client.engine_logs import EngineLogs, wanted_levels
 from asyncscale.client.engine_process import EngineProcess
 from asyncscale.client.hang_detector import HangDetector
 from asyncscale.client.placement import Place
@@ -23,6 +24,7 @@ from asyncscale.client.spawn import start_process
 from asyncscale.config import EngineConfig, EngineSpec, ModelSource
 from asyncscale.engine.process import run_engine
 from asyncscale.errors import EngineError, EngineStartError, ModelLoadError
+from asyncscale.metrics import engine_counters
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Launch:
 
     @property
     def look_interval(self) -> float:
-        """Seconds between looks at the engines' progress."""
+        """Seconds between looks at the engines' progress, and at the log levels of this process."""
         return max((self.hang_timeout or 0.0) / _LOOKS_PER_TIMEOUT, _LEAST_LOOK_INTERVAL_S)
 
 
@@ -87,7 +89,8 @@ class Supervisor:
         self._timers: dict[int, asyncio.TimerHandle] = {}  # per engine that is not ready: its next start, or its limit
         self._looking: asyncio.TimerHandle | None = None
         self._starting: dict[int, asyncio.Future[None]] = {}  # engines that `wait_ready` waits for
-        self._logged: set[str] = set()
+        self._logs = EngineLogs()
+        self._log_levels = wanted_levels()
         self._loop = asyncio.get_running_loop()
         self._finalizer = weakref.finalize(self, _end_all, os.getpid(), self.engines, self.folder)
 
@@ -122,6 +125,7 @@ class Supervisor:
             config=msgspec.structs.replace(self._launch.config, threads_per_engine=place.num_threads),
             tcp=self._launch.tcp,
             cpus=place.cpus,
+            log_levels=self._log_levels,
         )
         process, lifeline = start_process(spec.name, run_engine, spec, self.folder)
         engine = EngineProcess(spec, process, lifeline, self._loop.time())
@@ -133,27 +137,26 @@ class Supervisor:
         if not self._has_folder:  # not before there is an engine that removes it when this process is killed
             transport.make_runtime_folder(self.folder)
             self._has_folder = True
+        engine_counters.make_file(spec.counters_path)  # before the other one, which the engine waits for
         progress.make_file(spec.progress_path)
 
     # --- what engines say
 
     def _on_lifeline(self, engine: EngineProcess) -> bool:
-        """Take what the engine says while it starts. Whether it may say more."""
+        """Take what the engine says while it starts, and what it logs. Whether it may say more."""
         try:
             payload = engine.lifeline.recv_bytes(_MAX_LIFELINE_BYTES)
         except (EOFError, OSError):
             self._loop.remove_reader(engine.lifeline.fileno())  # its exit follows, and tells the rest
             return False
-        match messages.decode(messages.from_start_decoder, payload):
+        match messages.decode(messages.from_engine_process_decoder, payload):
             case messages.Loading(phase, fraction):
                 self._launch.on_loading(engine.engine_id, phase, fraction)
             case messages.Ready(facts, address) if engine.facts is None:
                 engine.address = address
                 self._engine_ready(engine, facts)
-            case messages.Logged(level, text):
-                if text not in self._logged:  # by another engine
-                    self._logged.add(text)
-                    logger.log(level, "%s", text)
+            case messages.Logged() as logged:
+                self._logs.take(engine.engine_id, engine.pid, logged, starting=engine.facts is None)
             case messages.Failed() as failure:
                 engine.failure = failure  # raised when it has exited, with its exit code
         return True
@@ -163,13 +166,20 @@ class Supervisor:
         engine.ready_at = self._loop.time()
         self._cancel_timer(engine.engine_id)
         engine.remove_traces_of_predecessor()
+        logger.log(
+            logging.WARNING if engine.spec.incarnation else logging.DEBUG,
+            "engine %d is ready%s: process %s, model loaded in %.1f s",
+            engine.engine_id,
+            " again" if engine.spec.incarnation else "",
+            engine.pid,
+            facts.load_s,
+            extra={"engine_id": engine.engine_id},
+        )
         self._on_ready(engine, facts, self._last_errors.get(engine.engine_id))
         _resolve(self._starting.get(engine.engine_id), None)
-        if engine.spec.incarnation:
-            logger.warning("engine %d is back", engine.engine_id)
 
     def _on_exit(self, engine: EngineProcess) -> None:
-        while engine.facts is None and _is_readable(engine.lifeline) and self._on_lifeline(engine):
+        while _is_readable(engine.lifeline) and self._on_lifeline(engine):
             pass  # the reason may have been sent just before the exit
         self._unwatch(engine)
         if self.engines.get(engine.engine_id) is not engine:
@@ -196,10 +206,19 @@ class Supervisor:
         delay = self._histories[engine_id].died(now - ready_at, ready_at - engine.started_at)
         if delay is None and self._launch.max_restarts:
             error.args = (f"{error.args[0]}; it is given up after {self._launch.max_restarts} restarts in a row",)
+        if engine.facts is None:  # else whoever had heard that it was there says so
+            logger.warning("%s", error, extra={"engine_id": engine_id})
         self._on_death(engine, error, delay is not None)
         if delay is not None:
             restart = self._loop.call_later(delay, self._restart, engine_id, engine.spec.incarnation + 1)
             self._timers[engine_id] = restart
+            logger.info(
+                "engine %d is started again in %.1f s (restart %d)",
+                engine_id,
+                delay,
+                engine.spec.incarnation + 1,
+                extra={"engine_id": engine_id},
+            )
 
     def _restart(self, engine_id: int, incarnation: int) -> None:
         self._timers[engine_id] = self._loop.call_later(self._launch.timeout, self._end_slow, engine_id)
@@ -213,12 +232,21 @@ class Supervisor:
         self._looking = self._loop.call_later(self._launch.look_interval, self._look)
 
     def _look(self) -> None:
-        """Kill the engines that hang."""
+        """Kill the engines that hang, and tell all what is to be logged when that has changed."""
+        self._follow_log_levels()
         now = self._loop.time()
         for engine in self.engines.values():
             if engine.verdict is None and engine.hangs(now):
+                engine.hung = True
                 engine.kill("(it hung, without progress, and was killed)")
         self._look_later()
+
+    def _follow_log_levels(self) -> None:
+        levels = wanted_levels()
+        if levels != self._log_levels:
+            self._log_levels = levels
+            for engine in self.engines.values():
+                engine.tell(messages.LogLevels(levels))
 
     # --- the end
 

@@ -16,12 +16,14 @@ from asyncscale.engine.admission import choice_ids, find_defect, make_choices
 from asyncscale.engine.batch import Batch, StepResult
 from asyncscale.engine.drafting import Drafter
 from asyncscale.engine.outbox import Outbox
+from asyncscale.engine.preemption_watch import PreemptionWatch
 from asyncscale.engine.quota import Quota
 from asyncscale.engine.request import Request
 from asyncscale.engine.runner import Runner
 from asyncscale.engine.scheduler import Scheduler
 from asyncscale.engine.stop_conditions import StopConditions
-from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, fair_share
+from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, Started, fair_share
+from asyncscale.metrics.engine_counters import EngineCounters
 
 _log = logging.getLogger(__name__)
 
@@ -41,12 +43,20 @@ class EngineCore:
     raises passes through `step`: the engine is then broken.
 
     methods: what clients may call by name. load_version: changes whenever running, waiting or `by_client` change.
-    clock: seconds, monotonic.
+    clock: seconds, monotonic. counters: where to count what it does.
     """
 
-    def __init__(self, runner: Runner, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        counters: EngineCounters | None = None,
+    ) -> None:
         self._runner = runner
         self._clock = clock
+        self._counters = counters or EngineCounters()
         if not runner.supports_prefix_caching:
             config = msgspec.structs.replace(config, enable_prefix_caching=False)
         self._max_num_seqs = config.max_num_seqs
@@ -65,6 +75,7 @@ class EngineCore:
         self._quota = Quota()
         self._weights: dict[bytes, int] = {}  # of requests alive, by client
         self._num_arrived = 0
+        self._preemptions = PreemptionWatch()
         self._paused = False
         self._accepting = True
         self.load_version = 0
@@ -109,7 +120,7 @@ class EngineCore:
             self._clients.setdefault(client, {}).update((request.request_id, request) for request in choices)
             self._weights[client] = self._weights.get(client, 0) + message.weight * len(choices)
             self._queue_with_siblings(choices)
-            self.load_version += 1
+            self._load_changed()
 
     def abort(self, client: bytes, request_ids: Iterable[int]) -> None:
         """Forget these requests and say nothing of it: the client knows. Unknown ids are ignored."""
@@ -120,7 +131,10 @@ class EngineCore:
 
     def drop_client(self, client: bytes) -> None:
         """The client is gone: abort all that it sent."""
-        self.abort(client, self._clients.get(client, ()))
+        request_ids = self._clients.get(client, ())
+        if request_ids:
+            _log.debug("client %s is gone: %d of its requests are aborted", client.hex(), len(request_ids))
+        self.abort(client, request_ids)
         self._outbox.discard(client)
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> dict[bytes, Outputs]:
@@ -136,11 +150,22 @@ class EngineCore:
         num_running = self._scheduler.num_running
         schedule = self._scheduler.schedule(self._clock())
         if self._scheduler.num_running != num_running:
-            self.load_version += 1
+            self._load_changed()
+        if schedule.preempted:
+            self._preemptions.add(len(schedule.preempted), self._clock())
+            self._counters.preempted(len(schedule.preempted))
+            for request in schedule.preempted:
+                self._outbox.put_preempted(request)
         for request, error in schedule.failed:
             self._finish(request, "error", error=error)
         if schedule.batch is not None:
             self._apply(schedule.batch, self._runner.execute(schedule.batch, meanwhile))
+        self._counters.scheduled(self._scheduler, self._drafter)
+
+    def _load_changed(self) -> None:
+        self.load_version += 1
+        running = self._scheduler.num_running
+        self._counters.load(running, self._num_alive - running, self._scheduler.pool)
 
     def load(self, client: bytes) -> Load:
         """The counts of this moment; waiting counts all that are alive and hold no row."""
@@ -167,20 +192,23 @@ class EngineCore:
         """Compute nothing, and ask for no more requests, until `resume`. Those that are here stay as they are."""
         self._paused = True
         self._set_accepting(False)
+        _log.info("paused, with %d requests", self._num_alive)
 
     def drain(self) -> None:
         """Go on with what is here, and ask for no more, until `resume`. What is sent all the same is served."""
         self._set_accepting(False)
+        _log.debug("drains, with %d requests", self._num_alive)  # as at the end of every owner
 
     def resume(self) -> None:
         """End a pause or a drain."""
         self._paused = False
         self._set_accepting(True)
+        _log.info("resumed, with %d requests", self._num_alive)
 
     def _set_accepting(self, accepting: bool) -> None:
         if accepting != self._accepting:
             self._accepting = accepting
-            self.load_version += 1
+            self._load_changed()
 
     def kv_cache_stats(self) -> dict[str, int]:
         """Blocks by state, and the prefix cache's use in tokens (looked up and found at first admission)."""
@@ -213,6 +241,7 @@ class EngineCore:
             self._outbox.put_prompt_logprobs(scheduler.request_at(row), entries)
         for request in scheduler.advance(batch, result):
             self._on_prompt_computed(request)
+        self._counters.step(_num_tokens(batch), len(result.rows))
         self._outbox.put_tokens(result)
         for stop in self._stops.find(*result.newest(batch)):  # no guess ends a row, so nothing before can
             self._finish(scheduler.request_at(stop.row), stop.reason, stop_token_id=stop.stop_token_id)
@@ -221,7 +250,18 @@ class EngineCore:
 
     def _on_prompt_computed(self, request: Request) -> None:
         if request.first_token_at is None:
-            request.first_token_at = self._clock()
+            request.first_token_at = now = self._clock()
+            scheduled_at = now if request.scheduled_at is None else request.scheduled_at
+            self._outbox.put_started(
+                request.client,
+                Started(
+                    request.request_id,
+                    queued_s=scheduled_at - request.arrival,
+                    prefill_s=now - scheduled_at,
+                    num_cached_tokens=request.num_cached_tokens,
+                ),
+            )
+            self._counters.prompt_computed(request)
         siblings, request.siblings = request.siblings, []
         for sibling in filter(self._is_alive, siblings):
             sibling.block_digests = request.block_digests.copy()
@@ -256,19 +296,7 @@ class EngineCore:
     def _finish(
         self, request: Request, reason: FinishReason, *, stop_token_id: int | None = None, error: str | None = None
     ) -> None:
-        self._outbox.put_finished(
-            request.client,
-            Finished(
-                request.request_id,
-                reason,
-                stop_token_id,
-                error,
-                request.num_cached_tokens,
-                request.num_preemptions,
-                queued_s=_seconds(request.arrival, request.scheduled_at),
-                first_token_s=_seconds(request.arrival, request.first_token_at),
-            ),
-        )
+        self._outbox.put_finished(request.client, Finished(request.request_id, reason, stop_token_id, error))
         self._forget(request)
 
     def _forget(self, request: Request) -> None:
@@ -282,10 +310,20 @@ class EngineCore:
             del self._clients[request.client]
             del self._weights[request.client]
             self._outbox.forget(request.client)
-        self.load_version += 1
+        self._counters.ended(request, self._clock())
+        self._load_changed()
+        if not self._num_alive and not self._accepting:
+            _log.debug("drained: no requests are left")
         siblings = list(filter(self._is_alive, request.siblings))
         if siblings:
             self._queue_with_siblings(siblings)
+
+
+def _num_tokens(batch: Batch) -> int:
+    """How many it computes."""
+    if batch.num_drafts is None and batch.num_decodes == batch.rows.size:
+        return batch.num_decodes
+    return int(batch.num_new_tokens.sum())
 
 
 def _without_errors(batch: Batch, result: StepResult) -> tuple[Batch, StepResult]:
@@ -311,7 +349,3 @@ def _without_errors(batch: Batch, result: StepResult) -> tuple[Batch, StepResult
             },
         ),
     )
-
-
-def _seconds(start: float, end: float | None) -> float:
-    return 0.0 if end is None else end - start

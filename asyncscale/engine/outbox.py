@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from asyncscale.engine.batch import Int32, StepResult
 from asyncscale.engine.request import Request
-from asyncscale.messages import Finished, Load, Outputs, TokenLogprobs
+from asyncscale.messages import Finished, Load, Outputs, Started, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -23,6 +23,8 @@ class _Draft:
     finished: list[Finished] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
 
 
 class Outbox:
@@ -95,6 +97,12 @@ class Outbox:
             request.num_prompt_logprobs += len(fresh)
             self._draft(request.client).prompt_logprobs.append((request.request_id, fresh))
 
+    def put_started(self, client: bytes, started: Started) -> None:
+        self._draft(client).started.append(started)
+
+    def put_preempted(self, request: Request) -> None:
+        self._draft(request.client).preempted.append(request.request_id)
+
     def put_finished(self, client: bytes, finished: Finished) -> None:
         self._draft(client).finished.append(finished)
 
@@ -103,7 +111,14 @@ class Outbox:
         drafts, self._drafts = self._drafts, {}
         return {
             client: Outputs(
-                draft.request_ids, draft.token_ids, draft.finished, load(client), draft.logprobs, draft.prompt_logprobs
+                draft.request_ids,
+                draft.token_ids,
+                draft.finished,
+                load(client),
+                draft.logprobs,
+                draft.prompt_logprobs,
+                started=draft.started,
+                preempted=draft.preempted,
             )
             for client, draft in drafts.items()
         }

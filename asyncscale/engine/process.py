@@ -1,12 +1,14 @@
 """The engine process: `run_engine` is its entry point.
 
 A second thread only waits for the owner's end of the lifeline to close, and then ends the process: also while the model
-loads, and in the middle of a step. It sleeps in `recv` and never competes for the interpreter.
+loads, and in the middle of a step. It sleeps in `recv` and never competes for the interpreter. What the process logs
+goes over the lifeline, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
@@ -21,11 +23,14 @@ from typing import TYPE_CHECKING
 
 from asyncscale import messages, transport
 from asyncscale.config import EngineSpec, SimulatedModel
+from asyncscale.engine.log_relay import ROOT, LogRelay
 from asyncscale.errors import ModelLoadError
 from asyncscale.progress import Progress
 
 if TYPE_CHECKING:
     from asyncscale.engine.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 
 def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
@@ -33,23 +38,27 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     if spec.cpus and hasattr(os, "sched_setaffinity"):  # macOS has no such thing
         with contextlib.suppress(OSError):  # they were taken from us since they were chosen
             os.sched_setaffinity(0, spec.cpus)  # before there is any other thread: those inherit it
-    threading.Thread(target=_end_with_owner, args=(lifeline, spec.folder), name="lifeline", daemon=True).start()
+    relay = LogRelay(lifeline)
+    relay.set_levels(spec.log_levels)
+    logging.getLogger(ROOT).addHandler(relay)
+    watch = threading.Thread(target=_follow_owner, args=(lifeline, spec.folder, relay), name="lifeline", daemon=True)
+    watch.start()
     _ignore_group_signals()
     while not os.path.exists(spec.progress_path):  # the owner makes it when there are engines to remove the folder
         time.sleep(0.001)
     _take_over_stdio(spec.stderr_path)
+    faulthandler.enable()  # a crash in native code leaves a traceback there
     # numpy's BLAS is not used here, but would start its threads when numpy is imported: half of the import's CPU time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    def tell(message: messages.FromStart) -> None:
+    def tell(message: messages.FromEngineProcess) -> None:
         lifeline.send_bytes(messages.encoder.encode(message))
 
-    log_handler = _LogToOwner(tell)
-    logging.getLogger("asyncscale").addHandler(log_handler)
     try:
         # Imported here, after the line above; and whoever starts engines imports this module, but needs none of that.
         from asyncscale.engine.core import EngineCore
         from asyncscale.engine.server import EngineServer
+        from asyncscale.metrics.engine_counters import EngineCounters
 
         started = time.monotonic()
         runner = _make_runner(spec, lambda phase, fraction: tell(messages.Loading(phase, fraction)))
@@ -61,6 +70,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             num_blocks=runner.num_blocks,
             dtype=runner.dtype,
             load_s=time.monotonic() - started,
+            pid=os.getpid(),
         )
         context = transport.make_context()
         socket = transport.bind_router(
@@ -72,27 +82,18 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
         )
         progress = Progress(spec.progress_path)
         runner.progress = progress
-        server = EngineServer(EngineCore(runner, spec.config), socket, spec.num_engines, progress)
+        counters = EngineCounters(spec.counters_path)
+        core = EngineCore(runner, spec.config, counters=counters)
+        server = EngineServer(core, socket, spec.num_engines, progress, counters)
     except BaseException as error:
         text = traceback.format_exc()
         tell(messages.Failed(text, str(error) if isinstance(error, ModelLoadError) else None))
         sys.exit(1)
     gc.collect()
     gc.freeze()  # what was made so far stays for good: no later collection needs to look at it
-    logging.getLogger("asyncscale").removeHandler(log_handler)  # nobody reads the lifeline any more
+    logger.debug("loaded in %.2f s, on CPUs %s", facts.load_s, ", ".join(map(str, spec.cpus)) or "of its owner")
     tell(messages.Ready(facts, transport.published_address(socket, spec.tcp)))
     server.run()
-
-
-class _LogToOwner(logging.Handler):
-    """Passes on what is said while the model loads: an engine has no terminal of its own."""
-
-    def __init__(self, tell: Callable[[messages.FromStart], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._tell(messages.Logged(record.levelno, self.format(record)))
 
 
 def _ignore_group_signals() -> None:
@@ -118,10 +119,13 @@ def _take_over_stdio(stderr_path: str) -> None:
             os.close(descriptor)
 
 
-def _end_with_owner(lifeline: Connection, folder: str) -> None:
+def _follow_owner(lifeline: Connection, folder: str, relay: LogRelay) -> None:
+    """End with the owner; until then it says what it wants to hear."""
     try:
         while True:
-            lifeline.recv_bytes()  # the owner sends nothing: this returns only by raising
+            wanted = messages.decode(messages.log_levels_decoder, lifeline.recv_bytes())
+            if wanted is not None:
+                relay.set_levels(wanted.levels)
     except (EOFError, OSError):
         try:
             transport.remove_runtime_folder(folder)  # an owner that was killed could not

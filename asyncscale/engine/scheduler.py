@@ -34,10 +34,12 @@ class RowListener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The next step's batch (None: nothing to compute), and the requests that can never fit, with the reason."""
+    """The next step's batch (None: nothing to compute), the requests that can never fit, with the reason, and those
+    that lost their places to others."""
 
     batch: Batch | None
     failed: list[tuple[Request, str]] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
@@ -66,6 +68,7 @@ class Scheduler:
         self._config = config
         self._waiting = WaitingQueue()
         self._prefilling: list[Request] = []
+        self._preempted: list[Request] = []  # since the last step
         self._requests: list[Request | None] = [None] * config.max_num_seqs
         self._empty_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._decoding = np.zeros(config.max_num_seqs, np.bool_)
@@ -109,7 +112,8 @@ class Scheduler:
         batch = self._make_batch()
         if batch is not None and self.drafter is not None:
             batch = self._add_drafts(batch, self.drafter)
-        return Schedule(batch, failed)
+        preempted, self._preempted = self._preempted, []
+        return Schedule(batch, failed, preempted)
 
     def advance(self, batch: Batch, result: StepResult) -> list[Request]:
         """Record what was computed and sampled. Returns the requests whose prefill is now complete."""
@@ -374,5 +378,6 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         request.token_ids = self.table.token_ids[request.row, : self.table.num_tokens[request.row]].copy()
         request.num_preemptions += 1
+        self._preempted.append(request)
         self._vacate(request)
         self._waiting.push(request)

@@ -13,6 +13,7 @@ import zmq
 from asyncscale import messages, transport
 from asyncscale.engine.core import EngineCore
 from asyncscale.engine.profiler import Profiler
+from asyncscale.metrics.engine_counters import EngineCounters
 from asyncscale.progress import Progress
 
 # Who watches is told of changes at most so often: all engines together keep it busy for one or two percent of its time.
@@ -47,14 +48,20 @@ class _Peer:
 
 
 class EngineServer:
-    """An `EngineCore` behind a ROUTER socket. progress: where to show that it goes on."""
+    """An `EngineCore` behind a ROUTER socket. progress: where to show that it goes on. counters: those of the core."""
 
     def __init__(
-        self, core: EngineCore, socket: zmq.Socket[bytes], num_engines: int, progress: Progress | None = None
+        self,
+        core: EngineCore,
+        socket: zmq.Socket[bytes],
+        num_engines: int,
+        progress: Progress | None = None,
+        counters: EngineCounters | None = None,
     ) -> None:
         self._core = core
         self._socket = socket
         self._progress = progress or Progress()
+        self._counters = counters or EngineCounters()
         self._methods = {**core.methods, "profile": Profiler().profile, "process_info": self._process_info}
         self._peers: dict[bytes, _Peer] = {}
         self._outputs: dict[bytes, messages.Outputs] = {}  # of the last step, not sent yet
@@ -100,7 +107,7 @@ class EngineServer:
                 return
             message = messages.decode(messages.to_engine_decoder, frames[1]) if len(frames) == 2 else None
             if message is None:
-                self.num_malformed += 1
+                self._drop()
             else:
                 self._handle(frames[0], message)
 
@@ -130,9 +137,14 @@ class EngineServer:
             case messages.Disconnect():
                 self._forget(client)
 
+    def _drop(self) -> None:
+        """A message made no sense."""
+        self.num_malformed += 1
+        self._counters.malformed()
+
     def _connect(self, client: bytes, version: int, watches_loads: bool) -> None:
         if version != messages.PROTOCOL_VERSION:
-            self.num_malformed += 1
+            self._drop()
             return
         known = self._peers.get(client)
         self._peers[client] = _Peer(watches_loads, num_unread=known.num_unread if known else 0)

@@ -97,6 +97,7 @@ def make_decoder(
         if library is not None:
             from asyncscale.model.native_decoder import NativeDecoder
 
+            _log.info("native kernels for %s, threads: %s", library.isa, spec.config.threads_per_engine)
             return NativeDecoder(library, spec, files, model, max_model_len, report)
         if spec.engine_id == 0 and spec.incarnation == 0:  # once for all engines, and not again at restarts
             _log.warning(

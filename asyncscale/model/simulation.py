@@ -52,6 +52,8 @@ class SimulatedRunner:
         self._min_token_rows: set[int] = set()
         self._logprob_rows: set[int] = set()
         self._prompt_logprob_rows: set[int] = set()
+        self._replies = {key.encode(): text.encode() for key, text in model.replies.items()}
+        self._reply_rows: dict[int, bytes] = {}
         self._fault_rows: dict[int, Fault] = {}
         self.progress = Progress()
         time.sleep(model.load_s)
@@ -67,9 +69,15 @@ class SimulatedRunner:
             self._logprob_rows.add(row)
         if sampling.prompt_logprobs is not None:
             self._prompt_logprob_rows.add(row)
+        if self._replies:
+            token_ids = request.token_ids[: request.num_prompt_tokens]
+            prompt = token_ids[token_ids < EOS_TOKEN_ID].astype(np.uint8).tobytes()
+            reply = next((text for key, text in self._replies.items() if key in prompt), None)
+            if reply is not None:
+                self._reply_rows[row] = reply
         if self._model.faults:
-            prompt = request.token_ids[: request.num_prompt_tokens].tolist()
-            fault = next((self._model.faults[token] for token in prompt if token in self._model.faults), None)
+            prompt_ids = request.token_ids[: request.num_prompt_tokens].tolist()
+            fault = next((self._model.faults[token] for token in prompt_ids if token in self._model.faults), None)
             if fault is not None:
                 self._fault_rows[row] = fault
 
@@ -78,6 +86,7 @@ class SimulatedRunner:
         self._min_token_rows.discard(row)
         self._logprob_rows.discard(row)
         self._prompt_logprob_rows.discard(row)
+        self._reply_rows.pop(row, None)
         self._fault_rows.pop(row, None)
 
     def execute(self, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
@@ -85,6 +94,8 @@ class SimulatedRunner:
         meanwhile()
         points = sample_points(batch)
         token_ids = self._tokens(self._keys[points.rows], points.positions)
+        if self._reply_rows:
+            self._recite(points.rows, points.positions, token_ids)
         errors = {}
         if self._min_token_rows:
             errors = self._replace_early_stops(points.rows, points.positions, token_ids)
@@ -130,6 +141,14 @@ class SimulatedRunner:
         token_ids += first
         token_ids[is_end] = EOS_TOKEN_ID
         return token_ids
+
+    def _recite(self, rows: Int32, positions: Int32, token_ids: Int32) -> None:
+        """Change the tokens of requests that have a scripted reply, in place."""
+        for index, row in enumerate(rows.tolist()):
+            reply = self._reply_rows.get(row)
+            if reply is not None:
+                nth = int(positions[index]) - self._requests[row].num_prompt_tokens
+                token_ids[index] = reply[nth] if nth < len(reply) else EOS_TOKEN_ID
 
     def _replace_early_stops(self, rows: Int32, positions: Int32, token_ids: Int32) -> dict[int, str]:
         """Change stop tokens that come before min_tokens, in place. Returns the rows that have no other token."""

@@ -147,6 +147,7 @@ def _from_cache(source: _Source) -> Arrays:
             pass
         except DamagedFileError as error:
             _log.warning("the packed weights in %s are made again: %s", path, error)
+        _log.info("packing the weights for the native kernels, once, into %s", path)
         specs = source.specs()
         make_room(path.parent, weight_file_bytes(specs, source.content))
         tensors = _write(source, specs, descriptor)

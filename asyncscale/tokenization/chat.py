@@ -63,13 +63,17 @@ class ChatTemplate:
 def check_messages(messages: object) -> list[dict[str, Any]]:
     """The messages as plain data, without keys whose value is None. Raises InvalidRequestError when malformed."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise InvalidRequestError(f"messages must be a list of messages, got {type(messages).__name__}")
+        raise InvalidRequestError(
+            f"messages must be a list of messages, got {type(messages).__name__}: "
+            'chat([{"role": "user", "content": "Hello!"}])'
+        )
     if not messages:
         raise InvalidRequestError("messages is empty: a conversation has at least one message")
     checked = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise InvalidRequestError(f"messages[{index}] must be a mapping, got {type(message).__name__}")
+            cure = ". One call is one conversation" if isinstance(message, list | tuple) else ""
+            raise InvalidRequestError(f"messages[{index}] must be a mapping, got {type(message).__name__}{cure}")
         if not isinstance(message.get("role"), str):
             raise InvalidRequestError(f"messages[{index}] must have a 'role' that is a string")
         content = message.get("content")

@@ -44,6 +44,40 @@ def test_a_close_name_is_offered() -> None:
         resolve_model("smollm2-135m-instuct")
 
 
+def test_a_model_at_nearly_that_path_is_offered(
+    model_folder: Path, gguf_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model_folder.parent / "modal").mkdir()  # no model
+    for wrong, meant in [
+        (model_folder.with_name("Modell"), model_folder),
+        (gguf_path.with_name("tinny.gguf"), gguf_path),
+        (model_folder / "config.json" / "x", None),
+        (model_folder.parent / "other" / "model", None),
+    ]:
+        with pytest.raises(ModelLoadError, match="does not exist") as caught:
+            resolve_model(wrong)
+        assert str(caught.value).endswith(f". Did you mean '{meant}'?") == (meant is not None)
+    monkeypatch.chdir(model_folder.parent)
+    with pytest.raises(ModelLoadError, match="Did you mean 'model'"):
+        resolve_model("modell")
+
+
+def test_a_hub_id_is_left_alone_unless_a_path_is_nearly_that(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: HubModel, progress: object) -> Path:
+        raise ModelLoadError(f"no model {model.repo_id}")
+
+    monkeypatch.setattr(resolve, "fetch_from_hub", refuse)
+    monkeypatch.chdir(model_folder.parent.parent)
+    with pytest.raises(ModelLoadError) as caught:
+        resolve_model("HuggingFaceTB/SmolLM2-135M-Instuct")
+    assert str(caught.value) == "no model HuggingFaceTB/SmolLM2-135M-Instuct"
+    folder = model_folder.parent.name
+    with pytest.raises(ModelLoadError, match=f"no model {folder}/modell. Did you mean '{folder}/model'"):
+        resolve_model(f"{folder}/modell")
+
+
 def test_a_path_object_that_does_not_exist_is_a_path_all_the_same(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"absent does not exist"):
         resolve_model(tmp_path / "absent")

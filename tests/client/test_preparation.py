@@ -119,7 +119,7 @@ def test_token_ids_may_come_in_any_sequence(prompt: Any) -> None:
         ({"logprobs": -1}, "logprobs"),
         ({"prompt_logprobs": 10**6}, "prompt_logprobs"),
         ({"ignore_eos": 1}, "ignore_eos must be a bool"),
-        ({"max_token": 5}, "unknown sampling parameter 'max_token'; known are n, temperature"),
+        ({"max_token": 5}, "unknown sampling parameter 'max_token'; did you mean 'max_tokens'"),
     ],
 )
 def test_bad_sampling_parameters_are_refused(params: dict[str, Any], words: str) -> None:

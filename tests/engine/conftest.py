@@ -12,7 +12,7 @@ from asyncscale.config import EngineConfig, SimulatedModel
 from asyncscale.engine.batch import Batch, SequenceTable, StepResult
 from asyncscale.engine.core import EngineCore
 from asyncscale.engine.request import Request
-from asyncscale.messages import Add, Finished, Load, TokenLogprobs
+from asyncscale.messages import Add, Finished, Load, Started, TokenLogprobs
 from asyncscale.model.simulation import SimulatedRunner
 from asyncscale.params import Sampling
 
@@ -75,6 +75,8 @@ class Received:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
+    started: Started | None = None
+    num_preemptions: int = 0
 
 
 class Engine:
@@ -125,6 +127,11 @@ class Engine:
                 self._open(client, output.request_ids[index]).logprobs.append(entry)
             for request_id, entries in output.prompt_logprobs:
                 self._open(client, request_id).prompt_logprobs.extend(entries)
+            for started in output.started:
+                assert self._open(client, started.request_id).started is None, "it can start but once"
+                self._open(client, started.request_id).started = started
+            for request_id in output.preempted:
+                self._open(client, request_id).num_preemptions += 1
             for finished in output.finished:
                 self._open(client, finished.request_id).finished = finished
 
@@ -149,6 +156,14 @@ class Engine:
         finished = self.received[client, request_id].finished
         assert finished is not None, f"{client!r}'s request {request_id} has not ended"
         return finished
+
+    def started(self, request_id: int, client: bytes = b"a") -> Started:
+        started = self.received[client, request_id].started
+        assert started is not None, f"{client!r}'s request {request_id} has not started"
+        return started
+
+    def num_preemptions(self, request_id: int, client: bytes = b"a") -> int:
+        return self.received[client, request_id].num_preemptions
 
     def num_computed(self, request_id: int, client: bytes = b"a") -> int:
         """How many tokens of this request were computed, those computed again after a preemption included."""

@@ -96,10 +96,10 @@ def test_times_are_counted_from_arrival(make_engine, endless):
     engine.add(0, PROMPT, max_tokens=3, **endless)  # arrives at 1
     engine.add(1, PROMPT, max_tokens=3, **endless)  # at 2; the first step begins at 3, its token comes at 4
     engine.run()
-    first, second = engine.finished(0), engine.finished(1)
-    assert (first.queued_s, first.first_token_s) == (2.0, 3.0)
-    assert second.queued_s > first.first_token_s
-    assert second.first_token_s == second.queued_s + 1
+    first, second = engine.started(0), engine.started(1)
+    assert (first.queued_s, first.prefill_s) == (2.0, 1.0)
+    assert second.queued_s > first.queued_s + first.prefill_s
+    assert second.prefill_s == 1
 
 
 # --- resumed requests
@@ -228,7 +228,7 @@ def test_choices_are_drawn_with_consecutive_seeds_and_share_the_prompts_blocks(m
     engine.run()
     for choice in range(4):
         assert engine.tokens(10 + choice) == run_solo(PROMPT, choice=choice, **fields)[0]
-        assert engine.finished(10 + choice).num_cached_tokens == (8 if choice else 0)
+        assert engine.started(10 + choice).num_cached_tokens == (8 if choice else 0)
     assert len({tuple(engine.tokens(10 + choice)) for choice in range(4)}) == 4
 
 
@@ -296,7 +296,7 @@ def test_prompt_logprobs_come_in_chunks_and_in_order(make_engine, endless):
     assert len(engine.received[A, 1].prompt_logprobs) == 8
     engine.run()
     assert [entry.token_ids[0] for entry in engine.received[A, 1].prompt_logprobs] == list(range(1, 30))
-    assert engine.finished(1).num_cached_tokens == 0  # every position's logits had to be computed
+    assert engine.started(1).num_cached_tokens == 0  # every position's logits had to be computed
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 6])
@@ -307,7 +307,7 @@ def test_no_prompt_position_comes_twice_after_a_preemption(make_engine, endless,
         engine.step()
     engine.add(1, PROMPT, priority=0, max_tokens=1)
     engine.run()
-    assert engine.finished(0).num_preemptions == 1
+    assert engine.num_preemptions(0) == 1
     assert [entry.token_ids[0] for entry in engine.received[A, 0].prompt_logprobs] == list(range(1, 30))
 
 
@@ -428,7 +428,7 @@ def test_a_runner_whose_keys_depend_on_more_than_earlier_tokens_shares_no_prefix
         for request_id in range(2):
             engine.add(request_id, range(20))
             engine.run()
-        hits.append(engine.finished(1).num_cached_tokens)
+        hits.append(engine.started(1).num_cached_tokens)
     assert hits == [16, 0]
 
 
@@ -437,4 +437,4 @@ def test_prompt_logprobs_come_once_for_all_choices_and_the_others_share_the_prom
     engine.add(0, PROMPT, n=3, prompt_logprobs=1, max_tokens=2, **endless)
     engine.run()
     assert [len(engine.received[A, i].prompt_logprobs) for i in range(3)] == [len(PROMPT) - 1, 0, 0]
-    assert [engine.finished(i).num_cached_tokens for i in range(3)] == [0, 8, 8]
+    assert [engine.started(i).num_cached_tokens for i in range(3)] == [0, 8, 8]

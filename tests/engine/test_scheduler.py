@@ -76,7 +76,7 @@ def test_a_better_priority_takes_the_row_of_a_worse_one(make_engine, run_solo, e
     engine.step()
     assert engine.runner.batches[-1] == [((A, 0), 1), ((A, 2), 1)]
     engine.run()
-    assert [engine.finished(request_id).num_preemptions for request_id in range(3)] == [0, 1, 0]
+    assert [engine.num_preemptions(request_id) for request_id in range(3)] == [0, 1, 0]
     for request_id, start in enumerate([0, 5]):
         assert engine.tokens(request_id) == run_solo(prompt(1, start), max_tokens=12, **endless)[0]
 
@@ -87,8 +87,9 @@ def test_an_equal_priority_waits_for_its_turn(make_engine, endless):
     engine.step()
     engine.add(1, prompt(4, 9), max_tokens=3, **endless)
     engine.run()
-    assert [engine.finished(request_id).num_preemptions for request_id in range(2)] == [0, 0]
-    assert engine.finished(1).queued_s > engine.finished(0).first_token_s
+    assert [engine.num_preemptions(request_id) for request_id in range(2)] == [0, 0]
+    first = engine.started(0)
+    assert engine.started(1).queued_s > first.queued_s + first.prefill_s
 
 
 def test_when_blocks_run_out_the_latest_arrival_is_preempted_and_continues_exactly(make_engine, run_solo, endless):
@@ -96,7 +97,7 @@ def test_when_blocks_run_out_the_latest_arrival_is_preempted_and_continues_exact
     engine.add(0, prompt(8), max_tokens=24, **endless)
     engine.add(1, prompt(8, 50), max_tokens=24, **endless)
     engine.run()
-    assert [engine.finished(request_id).num_preemptions for request_id in range(2)] == [0, 1]
+    assert [engine.num_preemptions(request_id) for request_id in range(2)] == [0, 1]
     for request_id, start in enumerate([0, 50]):
         expected, reason, _ = run_solo(prompt(8, start), max_tokens=24, max_model_len=40, **endless)
         assert (engine.tokens(request_id), engine.finished(request_id).reason) == (expected, reason)
@@ -107,7 +108,7 @@ def test_when_blocks_run_out_the_worst_priority_is_preempted_although_it_came_fi
     engine.add(0, prompt(8), priority=1, max_tokens=24, **endless)
     engine.add(1, prompt(8, 50), priority=0, max_tokens=24, **endless)
     engine.run()
-    assert [engine.finished(request_id).num_preemptions for request_id in range(2)] == [1, 0]
+    assert [engine.num_preemptions(request_id) for request_id in range(2)] == [1, 0]
 
 
 def test_while_two_clients_wait_the_slots_that_turn_over_are_theirs_in_equal_parts(make_engine, endless):
@@ -161,7 +162,7 @@ def test_a_preempted_request_computes_only_what_the_prefix_cache_lost(make_engin
     engine.add(1, prompt(4, 99), max_tokens=1, **endless)
     engine.run()
     # 20 + 4 generated tokens were computed, in 6 full blocks; without preemption 20 + 9 are computed in all
-    assert engine.finished(0).num_preemptions == 1
+    assert engine.num_preemptions(0) == 1
     assert engine.num_computed(0) == 29
 
 
@@ -197,7 +198,7 @@ def test_a_shared_prefix_is_computed_once(make_engine, endless):
     engine.run()
     engine.add(1, [*prompt(30), 255, 255], max_tokens=1, **endless)
     engine.run()
-    assert engine.finished(1).num_cached_tokens == 28
+    assert engine.started(1).num_cached_tokens == 28
     assert engine.num_computed(1) == 4
     stats = engine.core.methods["kv_cache_stats"]()
     assert (stats["prefix_queries"], stats["prefix_hits"]) == (40 + 32, 28)
@@ -208,7 +209,7 @@ def test_the_last_token_is_computed_even_if_all_of_the_prompt_is_cached(make_eng
     for request_id in range(2):
         engine.add(request_id, prompt(8), max_tokens=6, **endless)
         engine.run()
-    assert engine.finished(1).num_cached_tokens == 4
+    assert engine.started(1).num_cached_tokens == 4
     assert engine.tokens(1) == run_solo(prompt(8), max_tokens=6, **endless)[0]
 
 
@@ -218,7 +219,7 @@ def test_generated_tokens_are_found_in_the_prefix_cache(make_engine, endless):
     engine.run()
     engine.add(1, [*prompt(8), *engine.tokens(0), 3], max_tokens=1, **endless)
     engine.run()
-    assert engine.finished(1).num_cached_tokens == 16  # the ninth generated token was never computed
+    assert engine.started(1).num_cached_tokens == 16  # the ninth generated token was never computed
 
 
 def test_blocks_of_a_prompt_that_was_aborted_half_way_are_found_only_as_far_as_computed(make_engine, run_solo, endless):
@@ -228,7 +229,7 @@ def test_blocks_of_a_prompt_that_was_aborted_half_way_are_found_only_as_far_as_c
     engine.core.abort(A, [0])
     engine.add(1, prompt(40), max_tokens=4, **endless)
     engine.run()
-    assert engine.finished(1).num_cached_tokens == 8
+    assert engine.started(1).num_cached_tokens == 8
     assert engine.tokens(1) == run_solo(prompt(40), max_tokens=4, **endless)[0]
 
 
@@ -237,7 +238,7 @@ def test_without_prefix_caching_nothing_is_found(make_engine, endless):
     for request_id in range(2):
         engine.add(request_id, prompt(40), max_tokens=2, **endless)
         engine.run()
-    assert engine.finished(1).num_cached_tokens == 0
+    assert engine.started(1).num_cached_tokens == 0
     assert engine.core.kv_cache_stats()["cached_blocks"] == 0
 
 
@@ -249,5 +250,5 @@ def test_a_reset_prefix_cache_finds_nothing_and_harms_no_running_request(make_en
     assert engine.core.methods["reset_prefix_cache"]() == 10
     engine.add(1, prompt(40), max_tokens=10, **endless)
     engine.run()
-    assert engine.finished(1).num_cached_tokens == 0
+    assert engine.started(1).num_cached_tokens == 0
     assert engine.tokens(0) == engine.tokens(1) == run_solo(prompt(40), max_tokens=10, **endless)[0]

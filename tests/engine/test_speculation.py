@@ -92,7 +92,7 @@ def test_guesses_take_only_blocks_that_are_free(make_engine):
     engine.add(1, [*PROMPT, 4], max_tokens=33, stop_token_ids=())  # 62 + 36 blocks at their ends
     engine.run()
     assert drafted(engine)["accepted_tokens"] > 0
-    assert [engine.finished(i).num_preemptions for i in range(2)] == [0, 0]
+    assert [engine.num_preemptions(i) for i in range(2)] == [0, 0]
 
 
 def test_a_pool_without_a_free_block_has_none_for_guesses(make_engine):
@@ -144,7 +144,7 @@ def test_what_guesses_computed_is_found_by_a_later_prompt_as_far_as_it_was_right
     engine.run()
     engine.add(1, [*PROMPT, *text], max_tokens=1)  # the runner audits that it reads its own keys
     engine.run()
-    assert engine.finished(1).num_cached_tokens == 60
+    assert engine.started(1).num_cached_tokens == 60
 
 
 def test_nothing_is_guessed_where_it_is_off_or_cannot_be_checked(make_engine, caplog):

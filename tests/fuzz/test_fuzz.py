@@ -42,6 +42,8 @@ from asyncscale.client.stream import RequestStream
 from asyncscale.config import EngineConfig
 from asyncscale.engine.core import EngineCore
 from asyncscale.engine.server import EngineServer
+from asyncscale.metrics import Metrics
+from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
 from asyncscale.model.simulation import SimulatedRunner
 from asyncscale.params import Sampling
 from asyncscale.tokenization.simulated import SimulatedTokenizer
@@ -121,6 +123,7 @@ class ClientTarget:
         messages.Outputs(
             [2], [104], [messages.Finished(2, "stop", 104), messages.Finished(0, "error", None, "no")], LOAD
         ),
+        messages.Outputs([5], [65], [], LOAD, started=[messages.Started(5, 0.25, 1.5, 16)], preempted=[1, 2]),
         messages.Outputs([], [], [messages.Finished(1, "length"), messages.Finished(0, "abort")], LOAD),
         messages.LoadReport(LOAD, {b"c": (1, 2)}),
         messages.CallResult(0, msgspec.Raw(b"\x01")),
@@ -132,6 +135,8 @@ class ClientTarget:
             1, MODEL, [messages.Member(0, 0, "ipc:///tmp/nobody-0", FACTS, LOAD)], [messages.Left(2, 1, "x", 1)]
         ),
         messages.CollectiveResult(0, [messages.EngineResult(0)]),
+        messages.MetricsRound(3),
+        messages.MetricsAnswer(0, {0: ENGINE_LAYOUT.zeros()}, {"c": {0: REQUEST_LAYOUT.zeros()}}),
         messages.Farewell(),
     ]
 
@@ -164,7 +169,7 @@ class ClientTarget:
                     raise ValueError("a token that the model does not have")
                 if stream.done and stream.error is None:
                     stream.completion()
-            dispatcher.loads(), engines.roster.health()
+            dispatcher.loads(), engines.roster.health(), engines.counts()
         finally:
             dispatcher.close(RuntimeError("over"))
             await engines.stop()
@@ -210,6 +215,10 @@ class CoordinatorTarget:
         messages.Attach(1),
         messages.Detach(),
         messages.CollectiveCall(1, "kv_cache_stats", [msgspec.Raw(b"\x01")]),
+        messages.MetricsReport({None: REQUEST_LAYOUT.zeros(), 0: [2**62] * REQUEST_LAYOUT.size}),
+        messages.MetricsReport({7: REQUEST_LAYOUT.zeros()}, round_id=0),
+        messages.MetricsQuery(1, fresh=False),
+        messages.MetricsQuery(2, fresh=True),
     ]
 
     def __init__(self) -> None:
@@ -234,6 +243,7 @@ class CoordinatorTarget:
             dispatcher.close(RuntimeError("over"))
             coordinator.close()
             await asyncio.gather(*coordinator._calls, return_exceptions=True)
+            Metrics("", "", coordinator._metrics.counts(), lambda: None).requests  # noqa: B018
 
     def close(self) -> None:
         self._context.destroy(linger=0)

@@ -245,6 +245,18 @@ async def test_cancelling_the_task_that_reads_aborts_the_request(client: AsyncSc
     assert sum(load.mine for load in client.engine_loads()) == 0
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+async def test_a_generation_may_outlive_the_functions_of_its_module(
+    client: AsyncScaleClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As at the end of the interpreter, in whatever order it takes modules apart.
+    generation = client.generate("hello", max_tokens=1)
+    async for _ in generation:
+        pass
+    monkeypatch.setattr("asyncscale.client.generation._abort_unread", None)
+    del generation
+
+
 async def test_a_forgotten_generation_is_aborted(client: AsyncScaleClient) -> None:
     client.generate("hello", **LONG)
     gc.collect()

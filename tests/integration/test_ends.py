@@ -357,6 +357,19 @@ print(num_children(), os.listdir(os.environ["TMPDIR"]))
     assert done.returncode == 0
 
 
+def test_a_client_that_is_forgotten_as_its_loop_ends_leaves_nothing(workspace: Path) -> None:
+    body = """
+async def main():
+    await start()
+asyncio.run(main())
+gc.collect()
+print(num_children(), os.listdir(os.environ["TMPDIR"]))
+"""
+    done = run(script(workspace, FORGOTTEN + body))
+    assert (done.stdout, done.returncode) == ("0 ['user']\n", 0)
+    assert done.stderr.count("ResourceWarning: unclosed client") == done.stderr.count("Warning") == 1
+
+
 def test_a_forgotten_client_is_quiet_unless_one_asks_for_warnings(workspace: Path) -> None:
     body = "async def main():\n    await start()\n    await wait_alone()\nasyncio.run(main())"
     assert_prints("alone\n", script(workspace, FORGOTTEN.replace("warnings.simplefilter", "#") + body))

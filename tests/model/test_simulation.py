@@ -191,3 +191,18 @@ def test_the_config_overrides_the_models_sizes():
 def test_a_model_that_makes_no_sense_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         SimulatedRunner(SimulatedModel(**fields), EngineConfig())
+
+
+def test_replies_are_recited_by_prompt_and_position_and_others_answer_as_ever():
+    scripted = SimulatedModel(base_ms=0, decode_us=0, prefill_us=0, vocab_size=2000, replies={"hi": "Hé", "h": "no"})
+    bench = Bench(scripted)
+    bench.add(0, list(b"say hi"))
+    bench.add(1, list(b"h"), given=list(b"n"))  # a request that was moved after its first token
+    bench.add(2, PROMPT)
+    first, moved, other = bench.decode([0, 1, 2], 5)
+    assert first == [*"Hé".encode(), EOS_TOKEN_ID, EOS_TOKEN_ID]
+    assert moved == [ord("o"), *[EOS_TOKEN_ID] * 4]
+    assert len(set(other)) > 2
+    bench.runner.remove(0)
+    bench.add(0, PROMPT)
+    assert EOS_TOKEN_ID not in bench.decode([0], 2)[0]
