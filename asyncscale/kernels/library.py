@@ -115,6 +115,8 @@ class Step(ctypes.Structure):
     )
 
 
+_STRUCTURES = (Layer, Model, Cache, Step)  # as structures.cpp has them
+
 # What a step's time goes to, as Step.durations counts it.
 PHASES = (
     "norms",
@@ -170,9 +172,20 @@ def load_library(isa: str | None = None) -> Library | None:
     """The library for `isa`, or the best that this CPU has; None when it was not built or cannot run here."""
     for name in INSTRUCTION_SETS if isa is None else (isa,):
         cdll = _load(name)
-        if cdll is not None and cdll.asyncscale_supported():
+        if cdll is not None and cdll.asyncscale_supported() and _is_current(cdll):
             return Library(name, cdll)
     return None
+
+
+def _is_current(cdll: ctypes.CDLL) -> bool:
+    """Whether its structures are as large as those here: a library that was built from older sources would crash."""
+    sizes = (c_int64 * len(_STRUCTURES))()
+    if hasattr(cdll, "asyncscale_structure_sizes"):
+        cdll.asyncscale_structure_sizes(sizes)
+    if list(sizes) == [ctypes.sizeof(structure) for structure in _STRUCTURES]:
+        return True
+    _log.warning("%s was built from other sources: build it again (python setup.py build_ext --inplace)", cdll._name)
+    return False
 
 
 def _load(isa: str) -> ctypes.CDLL | None:
