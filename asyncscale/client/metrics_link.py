@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Mapping
 
 from asyncscale import messages
@@ -15,10 +14,9 @@ from asyncscale.metrics.snapshot import Counts, EngineRows, RequestRows
 
 # A client that counts something reports it so often. One that is idle says nothing.
 _REPORT_INTERVAL_S = 0.5
-# While somebody looks, what all have counted is fetched so often; and so long after the last look: longer than the
-# usual time between two scrapes.
+# Once somebody has looked, what all have counted is fetched so often, for good: of several processes that are scraped
+# in turn, none may say less than another did before.
 _QUERY_INTERVAL_S = 1.0
-_LOOK_S = 130.0
 # An owner that is there answers within that, unless its event loop is blocked by user code.
 _ANSWER_TIMEOUT_S = ROUND_TIMEOUT_S + 0.5
 
@@ -50,7 +48,7 @@ class MetricsLink:
         self._reporting: asyncio.TimerHandle | None = None
         self._querying: asyncio.TimerHandle | None = None
         self._is_asked = False  # and has not answered
-        self._looked_at = float("-inf")
+        self._is_watched = False
         self._is_open = True
         own.on_change = self._report_soon
 
@@ -85,9 +83,8 @@ class MetricsLink:
 
     def counts(self) -> Counts:
         """The newest that is known here."""
-        was_looking = self._is_looking()
-        self._looked_at = time.monotonic()
-        if not was_looking and self._is_open:
+        if not self._is_watched and self._is_open:
+            self._is_watched = True
             self._loop.call_soon_threadsafe(self._query)
         return self._with_own(self._newest)
 
@@ -118,18 +115,13 @@ class MetricsLink:
         engines: EngineRows = {key: _row_without_counts(is_up) for key, is_up in self._engines().items()}
         return Counts(engines | counts.engines, counts.clients | own)
 
-    def _is_looking(self) -> bool:
-        return time.monotonic() < self._looked_at + _LOOK_S
-
     def _query(self) -> None:
-        if self._querying is not None:
-            self._querying.cancel()
-        self._querying = None
-        if self._is_open and self._is_looking():
-            if not self._is_asked:
-                self._is_asked = True
-                self._send(messages.MetricsQuery(next(self._query_ids), fresh=False))
-            self._querying = self._loop.call_later(_QUERY_INTERVAL_S, self._query)
+        if not self._is_open:
+            return
+        if not self._is_asked:
+            self._is_asked = True
+            self._send(messages.MetricsQuery(next(self._query_ids), fresh=False))
+        self._querying = self._loop.call_later(_QUERY_INTERVAL_S, self._query)
 
     # --- the end
 

@@ -50,7 +50,7 @@ class TandemCore:
             if (report := tandem.report()) is not None:
                 ...  # send it to the coordinator
 
-    runner: the one that `core` computes with.
+    runner: the one that `core` computes with. num_dummies: steps for which the core had nothing to compute.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class TandemCore:
         self._runner = runner
         self._collectives = collectives
         self._waves = waves or EngineWaves()
-        self.on_group_state: Callable[[GroupState], None] = self._waves.on_group_state
         self.num_dummies = 0
 
     @property
@@ -72,6 +71,10 @@ class TandemCore:
     def position(self) -> tuple[int, int, int]:
         """Generation, wave, and how many steps of it are done."""
         return self._waves.generation, self._waves.wave, self._waves.num_steps
+
+    def on_group_state(self, state: GroupState) -> None:
+        """What the coordinator has decided."""
+        self._waves.on_group_state(state)
 
     def follow(self) -> None:
         """Join a new generation, if there is one; waits for the other engines."""

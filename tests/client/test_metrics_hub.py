@@ -178,6 +178,17 @@ async def test_an_idle_client_says_nothing(make_fleet: MakeFleet) -> None:
         assert link._querying is None  # nobody looked
 
 
+async def test_who_has_looked_once_is_told_from_then_on(make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncscale.client.metrics_link._QUERY_INTERVAL_S", 0.01)
+    fleet = await make_fleet(1)
+    async with attached(fleet) as engines:
+        hub, link = fleet.coordinator._metrics, engines._metrics
+        engines.counts()
+        for expected in (1, 2):  # without a look in between
+            hub._own._rows[None].cells[TOKENS] = expected
+            await fleet.until(lambda: tokens(link._newest).get(hub._own.client_id) == expected)  # noqa: B023
+
+
 async def test_who_does_not_hear_of_the_owner_gives_what_it_knows(
     make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,20 @@ async def test_of_each_client_if_asked() -> None:
             assert labels_of(samples, "generation_tokens_total") == {"model_name", "engine"}
 
 
+async def test_processes_that_are_scraped_in_turn_show_the_same_from_the_first_scrape_on() -> None:
+    async def front_end(client: AsyncScaleClient, index: int) -> tuple[float, float]:
+        registry = registry_of(AsyncScaleCollector(client))
+        async with asyncio.timeout(10):  # nobody looks until the owner's answer has come
+            while not client._engines._metrics._newest.clients:  # type: ignore[attr-defined]  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        samples = parse(generate_latest(registry).decode())
+        return value(samples, "tokens_received_total"), value(samples, "generation_tokens_total")
+
+    async with AsyncScaleClient(MODEL, num_engines=1) as owner:
+        await generate(owner, 3)
+        assert await run_frontends(front_end, 2, owner.address) == [(21, 21), (21, 21)]
+
+
 async def test_two_collectors_do_not_fit_in_one_registry() -> None:
     async with AsyncScaleClient(MODEL, num_engines=1) as client:
         with pytest.raises(ValueError, match="Duplicated"):

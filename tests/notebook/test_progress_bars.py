@@ -67,4 +67,6 @@ def test_outside_of_notebooks_a_terminal_shows_text_and_nothing_else_does(
         progress.on_fetch("fetching", 10, 100)
         progress.on_loading(0, "weights", 0.5)
     text = stderr.getvalue()
+    progress.on_fetch("fetching", 20, 100)  # in a thread that was not told of the end
+    assert stderr.getvalue() == text
     assert ("fetching" in text, "loading 1 engine" in text) == (is_terminal, is_terminal)

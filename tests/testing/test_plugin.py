@@ -73,6 +73,16 @@ def test_the_installed_plugin_is_there_however_it_is_asked_for(
     result.stdout.fnmatch_lines(["asyncscale_engines [[]session scope[]]*", "asyncscale_client_factory *"])
 
 
+def test_plugins_that_are_named_one_by_one_work_together(
+    run_pytest: RunPytest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    anyio = TRIVIAL.replace("async def", "import pytest\n\n@pytest.mark.anyio\nasync def")
+    result = run_pytest("-p", "pytest_asyncio.plugin", "-p", "anyio.pytest_plugin", ini=AUTO, test_asyncio=TRIVIAL)
+    result.assert_outcomes(passed=1)
+    run_pytest("-p", "anyio.pytest_plugin", ini="", test_anyio=anyio, test_asyncio="").assert_outcomes(passed=1)
+
+
 def test_the_installed_plugin_can_be_left_out(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     install(pytester.path / "site", monkeypatch)
     result = pytester.run(sys.executable, "-m", "pytest", "-p", "no:asyncscale", "--help", timeout=60)
