@@ -45,6 +45,10 @@ MAX_CALL_ARGS = 64
 _MAX_ABORTS = 65_536
 _MAX_ENGINES = 65_536
 
+# No text of an engine's log record is as long: see `asyncscale.engine.log_relay`.
+_MAX_LOG_TEXT = 2**13
+_LogText = Annotated[str, msgspec.Meta(max_length=_MAX_LOG_TEXT)]
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -282,19 +286,19 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
     """A record for the owner's handlers, at any time: the fields of `logging.LogRecord`.
 
-    text: the formatted message; template: before that. error: the formatted exception.
+    text: the formatted message; template: before that. error: the formatted exception. created: seconds since 1970.
     """
 
-    name: str
-    level: int
-    text: str
-    template: str
-    created: float
-    path: str
-    line: int
-    function: str
-    thread: str = ""
-    error: str | None = None
+    name: Annotated[str, msgspec.Meta(pattern=r"^asyncscale(\.|$)", max_length=_MAX_LOG_TEXT)]
+    level: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    text: _LogText
+    template: _LogText
+    created: Seconds
+    path: _LogText
+    line: Count
+    function: _LogText
+    thread: _LogText = ""
+    error: _LogText | None = None
 
 
 FromEngineProcess = Loading | Ready | Failed | Logged

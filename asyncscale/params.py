@@ -73,7 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def of(cls, params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
         """`params` with the keyword arguments of a call laid over it, checked. Raises InvalidRequestError."""
         if params is not None and not isinstance(params, cls):
-            raise InvalidRequestError(f"params must be a SamplingParams or None, got {type(params).__name__}")
+            cure = ": pass SamplingParams(**params)" if isinstance(params, Mapping) else ""
+            raise InvalidRequestError(f"params must be a SamplingParams or None, got {type(params).__name__}{cure}")
         if unknown := overrides.keys() - _CHECKS.keys():
             raise InvalidRequestError(_unknown(min(unknown)))
         merged = msgspec.structs.replace(params or _DEFAULT_PARAMS, **overrides)

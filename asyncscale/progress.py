@@ -100,7 +100,7 @@ def read_small_file(path: str) -> bytes:
     """What is in it, up to a kilobyte, without the layers of `open`: this is done every second, by idle clients too."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(descriptor, 1024)
+        return os.pread(descriptor, 1024, 0)
     finally:
         os.close(descriptor)
 

@@ -14,6 +14,7 @@ NAMES = ["max_tokens", "min_tokens", "temperature", "Top_P"]
         ("MAX_TOKENS", "max_tokens"),
         ("top_p", "Top_P"),
         ("temp", "temperature"),
+        ("tmep", "temperature"),
         ("te", None),
         ("", None),
         ("xyz", None),

@@ -78,8 +78,21 @@ def test_decisions_do_no_io() -> None:
         "engine/block_pool.py",
         "messages.py",
         "params.py",
+        "tandem/client.py",
+        "tandem/coordinator.py",
+        "tandem/core.py",
+        "tandem/engine.py",
+        "tandem/messages.py",
     )
     assert violations(pure, "zmq", "socket", "subprocess", "multiprocessing", "threading", "os") == []
+
+
+def test_waves_know_neither_engine_nor_client() -> None:
+    waves = files(
+        "tandem/client.py", "tandem/coordinator.py", "tandem/core.py", "tandem/engine.py", "tandem/messages.py"
+    )
+    others = ("asyncio", "torch", "asyncscale.engine", "asyncscale.client", "asyncscale.model")
+    assert violations(waves, *others) == []
 
 
 def test_only_what_is_named_after_it_imports_torch() -> None:

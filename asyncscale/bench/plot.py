@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncscale.bench.table import Row
+from asyncscale.notebook.plots import AMBER, BLUE, INK, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Readable on white and on black.
-_INK, _OURS, _OTHERS = "#808080", "#2f8fd8", "#d8892f"
+_OURS, _OTHERS = BLUE, AMBER
 
 
 def check_plot(sections: Sequence[str]) -> None:
@@ -34,18 +34,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     sections = {row.section for row in rows}
     panels = [panel for section, panel in _PANELS.items() if section in sections]
-    with matplotlib.rc_context(
-        {
-            "font.size": 9,
-            "text.color": _INK,
-            "axes.labelcolor": _INK,
-            "axes.edgecolor": _INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "xtick.color": _INK,
-            "ytick.color": _INK,
-        }
-    ):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
         for panel, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
             panel(rows, ax)
@@ -62,7 +51,7 @@ def _seed(rows: Sequence[Row], ax: Axes) -> None:
     ):
         positions = [index + offset for index in range(len(shown))]
         bars = ax.bar(positions, [figures[name] or 0.0 for figures in shown], 0.38, color=color, label=label)
-        ax.bar_label(bars, fmt="{:,.0f}", color=_INK)
+        ax.bar_label(bars, fmt="{:,.0f}", color=INK)
     ax.set_xticks(range(len(shown)), labels)
     ax.set_yscale("log")
     ax.margins(y=0.15)
@@ -74,7 +63,7 @@ def _throughput(rows: Sequence[Row], ax: Axes) -> None:
     shown = [row.figures for row in rows if "tokens_per_s" in row.figures]
     labels = [f"{figures['num_engines']:.0f} x {figures['num_clients']:.0f}" for figures in shown]
     bars = ax.bar(labels, [(figures["tokens_per_s"] or 0.0) / 1000 for figures in shown], 0.6, color=_OURS)
-    ax.bar_label(bars, fmt="{:,.0f}", color=_INK)
+    ax.bar_label(bars, fmt="{:,.0f}", color=INK)
     ax.set_title("Tokens delivered, thousands per second\n(steps that cost nothing)")
     ax.set_xlabel("engines x clients")
 

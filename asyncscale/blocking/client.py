@@ -10,14 +10,14 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from asyncscale.background import BackgroundLoop
 from asyncscale.blocking.generation import Generation
 from asyncscale.blocking.signatures import arguments_of, arguments_of_method
 from asyncscale.client import client as asynchronous
 from asyncscale.client import generation as asynchronous_generation
-from asyncscale.client.misuse import caller
+from asyncscale.client.misuse import caller, client_stays_here
 from asyncscale.client.policies import EngineLoad
 from asyncscale.client.roster import EngineHealth
 from asyncscale.errors import ClientClosedError, ClientStateError
@@ -80,14 +80,17 @@ class AsyncScaleClient:
 
         As that of `asyncscale.AsyncScaleClient`, and Ctrl-C ends a drain. What had ended can still be read.
         """
-        self._closed = True
         background = self._background
         if background is None or background.ended:
+            self._closed = True
             return
+        background.check_may_wait()
+        closing = self._client.close(*args, **options)
+        self._closed = True
         if self._finalizer is not None:
             self._finalizer.detach()
         try:
-            background.run(self._client.close(*args, **options))
+            background.run(closing)
         except ClientClosedError:
             pass  # another thread was faster
         except BaseException:
@@ -104,6 +107,16 @@ class AsyncScaleClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(drain=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise client_stays_here()
+
+    if not TYPE_CHECKING:  # type checkers say as much of their own
+
+        async def __aenter__(self) -> NoReturn:
+            raise TypeError("the client of asyncscale.blocking is for `with`: that for `async with` is asyncscale's")
+
+        async def __aexit__(self, *_: object) -> None: ...
 
     # --- requests
 
@@ -139,8 +152,8 @@ class AsyncScaleClient:
     @property
     def address(self) -> str:
         """What `attach` takes, of either kind of client, in this process or another. With `host`, it is a secret."""
-        self._running()
-        return self._client.address
+        self._started()
+        return self._client.address  # also in a fork: to attach there
 
     def engine_loads(self) -> tuple[EngineLoad, ...]:
         """The newest counts of every engine, and their age. Asks nobody."""
@@ -193,19 +206,23 @@ class AsyncScaleClient:
 
     # --- use
 
-    def _running(self) -> BackgroundLoop:
+    def _started(self) -> BackgroundLoop:
         if self._closed:
             raise _closed("use")
         if self._background is None:
             raise ClientStateError(
                 "the client is not started: use `with AsyncScaleClient(...) as client:` or `client.start()`"
             )
-        if self._background.forked:
+        return self._background
+
+    def _running(self) -> BackgroundLoop:
+        background = self._started()
+        if background.forked:
             raise ClientStateError(
                 "this client was started by the process that this one is a fork of. "
                 "Make one of its own here: AsyncScaleClient.attach(client.address)"
             )
-        return self._background
+        return background
 
     def _generation(self, generation: asynchronous_generation.Generation) -> Generation:
         return Generation(generation, self._running(), self)

@@ -15,13 +15,18 @@ from asyncscale.client import generation as asynchronous
 from asyncscale.client.completion import Completion, Timing
 from asyncscale.client.exceptions import fresh
 from asyncscale.client.generation import Token
-from asyncscale.client.misuse import no_attribute, stays_here
+from asyncscale.client.misuse import no_attribute, request_stays_here
 from asyncscale.errors import ClientClosedError
 
 if TYPE_CHECKING:
     from asyncscale.background import BackgroundLoop
 
 T = TypeVar("T")
+
+_NOT_ASYNCHRONOUS = (
+    "this is a Generation of asyncscale.blocking, for `for` and `.result()`; "
+    "await asyncio.wrap_future(generation.future()), or use asyncscale's AsyncScaleClient"
+)
 
 
 class Generation:
@@ -43,8 +48,14 @@ class Generation:
         def __getattr__(self, name: str) -> NoReturn:
             raise no_attribute(self, name, "generation.result()")
 
+        def __aiter__(self) -> NoReturn:
+            raise TypeError(_NOT_ASYNCHRONOUS)
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(_NOT_ASYNCHRONOUS)
+
         def __reduce__(self) -> NoReturn:
-            raise stays_here(self)
+            raise request_stays_here()
 
     def __init__(self, generation: asynchronous.Generation, background: BackgroundLoop, client: object) -> None:
         self._generation = generation
@@ -119,12 +130,12 @@ class Generation:
             return self._future
 
     def __iter__(self) -> Iterator[Token]:
-        arrivals: SimpleQueue[list[Token] | Exception] = SimpleQueue()  # in the end an exception, or no tokens
+        arrivals: SimpleQueue[list[Token] | BaseException] = SimpleQueue()  # in the end an exception, or no tokens
         reader = aiter(self._generation)
         self._submit(lambda: _hand_over(reader, arrivals.put)).add_done_callback(lambda end: arrivals.put(_end(end)))
         try:
             while tokens := self._next(arrivals):
-                if isinstance(tokens, Exception):
+                if isinstance(tokens, BaseException):
                     raise fresh(tokens)
                 yield from tokens
         finally:
@@ -190,8 +201,7 @@ async def _hand_over(reader: asynchronous.Reader, put: Callable[[list[Token]], N
             tokens = []
 
 
-def _end(reading: concurrent.futures.Future[None]) -> list[Token] | Exception:
+def _end(reading: concurrent.futures.Future[None]) -> list[Token] | BaseException:
     if reading.cancelled():
         return ClientClosedError("the client was closed")
-    error = reading.exception()
-    return error if isinstance(error, Exception) else []
+    return reading.exception() or []

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from asyncscale.checkpoint.gguf_file import GGUFFile
+from asyncscale.checkpoint.nearby import models_inside
 from asyncscale.errors import ModelLoadError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -36,7 +37,9 @@ def check_gguf(path: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Raises ModelLoadError unless `folder` holds config.json, tokenizer.json and whole *.safetensors weights."""
     if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{folder} is no model folder: it has no config.json{_gguf_hint(folder)}")
+        raise ModelLoadError(
+            f"{folder} is no model folder: it has no config.json{_gguf_hint(folder) or _inside_hint(folder)}"
+        )
     read_json_object(folder / "config.json")
     for shard in weight_files(folder):
         _check_safetensors(shard)
@@ -127,6 +130,11 @@ def _pickle_hint(folder: Path) -> str:
         f". {', '.join(pickles[:3])} would have to be unpickled, which can run any code, so it is not read: "
         "convert the weights to safetensors"
     )
+
+
+def _inside_hint(folder: Path) -> str:
+    folders = " or ".join(map(str, models_inside(folder)))
+    return f". Did you mean {folders}?" if folders else ""
 
 
 def _gguf_hint(folder: Path) -> str:

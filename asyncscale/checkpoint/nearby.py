@@ -1,4 +1,4 @@
-"""A model on local disk whose path is nearly the one that was given."""
+"""Models on local disk near a path that leads to none."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from asyncscale.suggestions import closest
 
 _MAX_ENTRIES = 1000  # of a folder: this looks, it does not search
+_MAX_OFFERED = 3
 
 
 def closest_model(path: Path) -> Path | None:
@@ -25,6 +26,12 @@ def closest_model(path: Path) -> Path | None:
         return found if _is_model(found) else None
     except (OSError, ValueError):  # a folder that may not be read, a name that can be none
         return None
+
+
+def models_inside(folder: Path) -> list[Path]:
+    """Some model folders inside of one that is none, such as the snapshots of a repository in the hub's cache."""
+    configs = itertools.chain(folder.glob("*/config.json"), folder.glob("snapshots/*/config.json"))
+    return sorted(config.parent for config in itertools.islice(configs, _MAX_OFFERED))
 
 
 def _entries(folder: Path) -> list[str]:

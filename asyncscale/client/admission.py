@@ -9,6 +9,8 @@ from asyncscale.client.hold_queue import HoldQueue
 from asyncscale.client.stream import RequestStream
 from asyncscale.errors import OverloadedError
 
+_CURE = ". `submit` waits its turn"
+
 
 class Admission:
     """Limits of what waits, and the lines of those who wait to be among it::
@@ -51,12 +53,11 @@ class Admission:
     def check(self, engine: int | None, num_tokens: int) -> None:
         """Raises OverloadedError when a request with so many prompt tokens may not be left waiting now."""
         if engine in self._lines:
-            raise OverloadedError(
-                f"{len(self._lines[engine])} requests of this client wait for a place in its queue already"
-            )
+            in_line = len(self._lines[engine])
+            raise OverloadedError(f"{in_line} requests of this client wait for a place in its queue already{_CURE}")
         reason = self._why_not(engine, num_tokens)
         if reason is not None:
-            raise OverloadedError(reason)
+            raise OverloadedError(f"{reason}{_CURE}")
 
     def wait(self, request: RequestStream) -> asyncio.Future[None]:
         """Join the line."""

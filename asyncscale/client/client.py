@@ -18,29 +18,24 @@ import zmq
 
 from asyncscale import messages, transport
 from asyncscale.address import parse, shown
-from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engines import AttachedEngines, Engines, OwnedEngines
 from asyncscale.client.exceptions import fresh
+from asyncscale.client.fleet_plan import FleetPlan
 from asyncscale.client.forgotten import end_now, end_when_forgotten
 from asyncscale.client.generation import Generation
 from asyncscale.client.life import Life
-from asyncscale.client.misuse import caller
-from asyncscale.client.options import Limits, engine_config, find_model, routing_policy
-from asyncscale.client.placement import place_engines
+from asyncscale.client.misuse import caller, client_stays_here
+from asyncscale.client.options import Limits, engine_config, routing_policy
 from asyncscale.client.policies import EngineLoad, Policy
 from asyncscale.client.preparation import Preparation, Prompt, RequestOptions
 from asyncscale.client.progress import StartProgress
 from asyncscale.client.roster import EngineHealth
-from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.state import State, wrong_state
 from asyncscale.client.submission import Submission
-from asyncscale.client.supervisor import Launch
 from asyncscale.client.tracing import Tracing
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
-from asyncscale.cpus import usable_cpus
 from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
-from asyncscale.memory import available_memory
 from asyncscale.messages import EngineFacts
 from asyncscale.metrics.snapshot import Counts, Metrics
 from asyncscale.params import SamplingParams
@@ -105,23 +100,8 @@ class AsyncScaleClient:
         tracer_provider: TracerProvider | None = None,
         **options: Any,
     ) -> None:
-        if num_engines != "auto" and (
-            not isinstance(num_engines, int) or isinstance(num_engines, bool) or num_engines < 1
-        ):
-            raise ValueError(f'num_engines must be "auto" or an integer of at least 1, got {num_engines!r}')
-        if not isinstance(model, str | os.PathLike | SimulatedModel):
-            raise TypeError(f"model must be a name, a path or a SimulatedModel, got {type(model).__name__}")
-        if isinstance(model, str) and model.startswith(("ipc://", "tcp://")):
-            raise ValueError("that is the address of another client: use AsyncScaleClient.attach(address)")
-        if host is not None and not isinstance(host, str):
-            raise TypeError(f"host must be a string or None, got {type(host).__name__}")
-        self._model = model
-        self._num_engines = num_engines
-        self._config = engine_config(options, AsyncScaleClient.__init__.__kwdefaults__ or ())
-        self._start_timeout = start_timeout
-        self._max_restarts = max_restarts
-        self._hang_timeout = hang_timeout
-        self._host = host
+        config = engine_config(options, AsyncScaleClient.__init__.__kwdefaults__ or ())
+        self._plan = FleetPlan(model, num_engines, config, start_timeout, max_restarts, hang_timeout, host)
         self._progress = progress
         limits = Limits(restart_timeout, max_queued_requests, max_queued_tokens)
         self._prepare(routing, limits, Tracing(tracer_provider), None)
@@ -196,31 +176,11 @@ class AsyncScaleClient:
     async def _start_owned(self) -> None:
         started = time.monotonic()
         with StartProgress(self._progress) as progress:
-            source: ModelSource
-            architecture: ModelConfig | None = None
-            if isinstance(self._model, SimulatedModel):
-                source = self._model
-            else:
-                source, architecture = await asyncio.to_thread(find_model, self._model, progress.on_fetch)
-            cpus, num_engines = usable_cpus(), self._num_engines
-            if num_engines == "auto":
-                num_engines = auto_num_engines(cpus.num_cores, self._config, architecture, available_memory())
-            progress.num_engines = num_engines
-            tcp = None if self._host is None else await asyncio.to_thread(transport.tcp_binding, self._host)
-            launch = Launch(
-                source,
-                self._config,
-                place_engines(cpus, num_engines, self._config.threads_per_engine, self._config.pin_engines),
-                self._start_timeout,
-                progress.on_loading,
-                self._max_restarts,
-                self._hang_timeout,
-                tcp,
-            )
+            launch = await self._plan.launch(progress)
             self._use(OwnedEngines(self._context, launch, self._dispatcher))
             try:
                 async with asyncio.TaskGroup() as group:  # the tokenizer loads while the engines do
-                    codec = group.create_task(self._load_codec(source))
+                    codec = group.create_task(self._load_codec(launch.model))
                     group.create_task(self._engines.start())
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
@@ -228,9 +188,9 @@ class AsyncScaleClient:
         facts = self._submission.facts
         logger.info(
             "%d engines ready in %.1f s: %s, %s, context %d tokens, KV cache %d blocks of %d tokens each; attach at %s",
-            num_engines,
+            len(launch.places),
             time.monotonic() - started,
-            source.name if isinstance(source, CheckpointFiles) else "simulated model",
+            launch.model.name if isinstance(launch.model, CheckpointFiles) else "simulated model",
             facts.dtype,
             facts.max_model_len,
             facts.num_blocks,
@@ -289,6 +249,9 @@ class AsyncScaleClient:
             raise TypeError("AsyncScaleClient needs `async with`; synchronous programs use that of asyncscale.blocking")
 
         def __exit__(self, *_: object) -> None: ...
+
+        def __reduce__(self) -> NoReturn:
+            raise client_stays_here()
 
     # --- requests
 
@@ -421,8 +384,7 @@ class AsyncScaleClient:
         See `asyncscale.metrics.Metrics`, and `asyncscale.metrics.AsyncScaleCollector` for Prometheus.
         Raises ClientStateError.
         """
-        if self._life.state is not State.RUNNING:
-            raise wrong_state(self._life.state, "use")
+        self._life.check_running()
         return self._as_metrics(self._engines.counts())
 
     @property
@@ -488,13 +450,19 @@ class AsyncScaleClient:
         TimeoutError.
         """
         self._life.check_usable()
+        if not isinstance(method, str):
+            raise TypeError(f"method must be the name of an engine's method, got {type(method).__name__}")
         raw = [msgspec.Raw(messages.encoder.encode(argument)) for argument in args]
         if len(args) > messages.MAX_CALL_ARGS or sum(map(len, map(bytes, raw))) > messages.MAX_CALL_BYTES:
             raise ValueError(
                 f"a call may have {messages.MAX_CALL_ARGS} arguments of {messages.MAX_CALL_BYTES} bytes, all together"
             )
-        async with asyncio.timeout(timeout):
-            results = await self._engines.call(method, raw)
+        try:
+            async with asyncio.timeout(timeout):
+                results = await self._engines.call(method, raw)
+        except TimeoutError:
+            text = f"not every engine has answered {method!r} within {timeout:g} s; it runs there all the same"
+            raise TimeoutError(text) from None
         if not results and self._dispatcher.last_death is not None:
             raise fresh(self._dispatcher.last_death)
         return [_value(result) for result in results]
@@ -503,7 +471,7 @@ class AsyncScaleClient:
         what = (
             f"attached to {shown(self._attach_to)!r}"
             if self._attach_to
-            else f"{self._model!r}, num_engines={self._num_engines}"
+            else f"{self._plan.model!r}, num_engines={self._plan.num_engines}"
         )
         return f"<AsyncScaleClient {what}, {self._life.state.value}>"
 

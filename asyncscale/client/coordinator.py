@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,9 @@ from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.metrics_hub import MetricsHub
 from asyncscale.client.roster import Roster
 from asyncscale.config import ModelSource
+from asyncscale.metrics.request_counters import client_id
+
+logger = logging.getLogger(__name__)
 
 # After quiet, changed counts go out at once; then what changes within so many seconds per client goes out together: the
 # more clients, the more a publish costs, and the rarer it is.
@@ -194,7 +198,10 @@ class Coordinator:
     def _forget(self, identity: bytes, *, for_good: bool) -> None:
         """for_good: it said so; else it may come back."""
         self._metrics.on_leave(identity, for_good=for_good)
-        if self._clients.pop(identity, None) is not None and not self._clients:
+        if self._clients.pop(identity, None) is None:
+            return
+        logger.debug("client %s is gone: %d are attached", client_id(identity), len(self._clients))
+        if not self._clients:
             self._dispatcher.watch_loads(None)
             self._reports.clear()  # soon out of date
 
@@ -224,6 +231,7 @@ class Coordinator:
         if not self._clients:
             self._dispatcher.watch_loads(self._on_load_report)
         self._clients[identity] = _Client()
+        logger.debug("client %s is here: %d are attached", client_id(identity), len(self._clients))
         self._metrics.on_attach(identity)
         if self._probing is None:
             self._probing = self._loop.call_later(_PROBE_DELAY_S, self._probe)

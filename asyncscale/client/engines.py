@@ -171,7 +171,7 @@ class AttachedEngines:
         self._client_id = identity
         self._num_malformed = 0
         self._loss: asyncio.TimerHandle | None = None
-        self._metrics = MetricsLink(self._loop, dispatcher.counters, self._send)
+        self._metrics = MetricsLink(self._loop, dispatcher.counters, lambda: self.roster.up, self._send)
         self._connect()
 
     def _connect(self) -> None:

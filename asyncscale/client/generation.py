@@ -12,9 +12,9 @@ import msgspec
 from asyncscale.client.choice import ChoiceStream
 from asyncscale.client.completion import Completion, Timing
 from asyncscale.client.exceptions import fresh
-from asyncscale.client.misuse import no_attribute, not_on_its_loop, stays_here
+from asyncscale.client.misuse import no_attribute, not_on_its_loop, request_stays_here
 from asyncscale.client.stream import RequestStream
-from asyncscale.errors import RequestAbortedError
+from asyncscale.errors import ClientStateError, RequestAbortedError
 from asyncscale.messages import FinishReason
 
 
@@ -83,7 +83,7 @@ class Generation:
             raise TypeError("a Generation is read with `async for`; synchronous programs use asyncscale.blocking")
 
         def __reduce__(self) -> NoReturn:
-            raise stays_here(self)
+            raise request_stays_here()
 
     def __init__(
         self, stream: RequestStream, abort: Callable[[RequestStream, Exception], None], client: object = None
@@ -126,7 +126,8 @@ class Generation:
     def __await__(self) -> Generator[object, None, Completion]:
         stream = self._stream
         while not stream.done:
-            self._check_loop()
+            if asyncio._get_running_loop() is not self._loop:
+                raise self._not_on_its_loop()
             try:
                 yield from stream.wait_end().__await__()
             except asyncio.CancelledError:
@@ -141,9 +142,8 @@ class Generation:
         cure = "`await` gives all of it, `async for` reads it"
         return f"<Generation {self.request_id!r} {state}, {self.num_tokens} tokens: {cure}>"
 
-    def _check_loop(self) -> None:
-        if asyncio._get_running_loop() is not self._loop:
-            raise not_on_its_loop(f"request {self.request_id!r}", self._loop)
+    def _not_on_its_loop(self) -> ClientStateError:
+        return not_on_its_loop(f"request {self.request_id!r}", self._loop)
 
     def _repr_html_(self) -> str:
         from asyncscale.notebook.completion_card import generation_html
@@ -183,7 +183,8 @@ class Reader(ABC):
         if source.done:
             error = self._generation._stream.error
             raise StopAsyncIteration if error is None else fresh(error)
-        self._generation._check_loop()
+        if asyncio._get_running_loop() is not self._generation._loop:
+            raise self._generation._not_on_its_loop()
         try:
             await source.wait_token()
         except asyncio.CancelledError:

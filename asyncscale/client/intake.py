@@ -59,7 +59,6 @@ class Intake:
         now = time.monotonic()
         find = self._live.choices.get
         to_check: list[ChoiceStream] = []
-        counts = self._counters[engine_id]
         # Most choices got their token before this one in the same message, and so share that time: one object.
         before, num_alike, num_unwanted = _NEVER, 0, 0
         for wire_id, token_id in zip(outputs.request_ids, token_ids, strict=True):
@@ -74,14 +73,11 @@ class Intake:
                 self._on_first_token(engine_id, choice.request, now)
             elif last is not now:  # else it is one of several tokens that came together
                 if num_alike:
-                    counts.inter_token_latency(now - before, num_alike)
+                    self._counters[engine_id].inter_token_latency(now - before, num_alike)
                 before, num_alike = last, 1
             if choice.push(token_id, now):
                 to_check.append(choice)
-        if num_alike:
-            counts.inter_token_latency(now - before, num_alike)
-        counts.received(len(token_ids) - num_unwanted)
-        self._counters.on_change()
+        self._counters.received(engine_id, len(token_ids) - num_unwanted, now - before, num_alike)
         for finished in outputs.finished:
             self._on_finished(engine_id, finished)
         for choice in to_check:
@@ -122,7 +118,7 @@ class Intake:
             request.first_token_at = now
             if request.span is not None:
                 request.span.first_token()
-            self._counters[engine_id].first_token(now - request.arrival)
+            self._counters[engine_id].first_token(request, now)
             self._router.computed(engine_id, request.prefix_hashes)
             request.prefix_hashes = ()
 

@@ -91,6 +91,13 @@ class Life:
             raise wrong_state(self.state, "use")
         self._check_loop()
 
+    def check_running(self) -> None:
+        """Raises ClientStateError when the client cannot be used now, in whatever thread of its process."""
+        if self.state is not State.RUNNING:
+            raise wrong_state(self.state, "use")
+        if os.getpid() != self._owner_pid:
+            raise not_on_its_loop("this client", self.loop, is_fork=True)
+
     def _check_loop(self) -> None:
         if asyncio._get_running_loop() is not self.loop:
             raise not_on_its_loop("this client", self.loop, is_fork=os.getpid() != self._owner_pid)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from asyncscale import messages
 from asyncscale.client.metrics_hub import ROUND_TIMEOUT_S
 from asyncscale.metrics.catalog import ENGINE_LAYOUT
 from asyncscale.metrics.request_counters import RequestCounters
-from asyncscale.metrics.snapshot import Counts, RequestRows
+from asyncscale.metrics.snapshot import Counts, EngineRows, RequestRows
 
 # A client that counts something reports it so often. One that is idle says nothing.
 _REPORT_INTERVAL_S = 0.5
-# While somebody looks, what all have counted is fetched so often; and so long after the last look: longer than the
-# usual time between two scrapes.
+# Once somebody has looked, what all have counted is fetched so often, for good: of several processes that are scraped
+# in turn, none may say less than another did before.
 _QUERY_INTERVAL_S = 1.0
-_LOOK_S = 130.0
 # An owner that is there answers within that, unless its event loop is blocked by user code.
 _ANSWER_TIMEOUT_S = ROUND_TIMEOUT_S + 0.5
 
@@ -29,14 +27,19 @@ class MetricsLink:
         link.counts()               # at once, from any thread: the owner's newest answer, and what this client counts
         await link.fresh()          # after a round over all clients
 
-    own: what this client counts. send: to the coordinator, when the client is let in.
+    own: what this client counts. engines: those that it knows, and whether they are up. send: to the coordinator.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, own: RequestCounters, send: Callable[[messages.ToCoordinator], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        own: RequestCounters,
+        engines: Callable[[], Mapping[int, bool]],
+        send: Callable[[messages.ToCoordinator], None],
     ) -> None:
         self._loop = loop
         self._own = own
+        self._engines = engines
         self._send = send
         self._newest = Counts({}, {})
         self._query_ids = itertools.count()
@@ -45,7 +48,7 @@ class MetricsLink:
         self._reporting: asyncio.TimerHandle | None = None
         self._querying: asyncio.TimerHandle | None = None
         self._is_asked = False  # and has not answered
-        self._looked_at = float("-inf")
+        self._is_watched = False
         self._is_open = True
         own.on_change = self._report_soon
 
@@ -80,14 +83,15 @@ class MetricsLink:
 
     def counts(self) -> Counts:
         """The newest that is known here."""
-        was_looking = self._is_looking()
-        self._looked_at = time.monotonic()
-        if not was_looking and self._is_open:
+        if not self._is_watched and self._is_open:
+            self._is_watched = True
             self._loop.call_soon_threadsafe(self._query)
         return self._with_own(self._newest)
 
     async def fresh(self) -> Counts:
         """What is so now; what was so before, if the owner does not answer."""
+        if not self._is_open:
+            return self.counts()
         query_id, answer = next(self._query_ids), self._loop.create_future()
         self._queries[query_id] = answer
         self._send(messages.MetricsQuery(query_id, fresh=True))
@@ -106,21 +110,18 @@ class MetricsLink:
             query.set_result(None)
 
     def _with_own(self, counts: Counts) -> Counts:
+        """And with the engines of which the owner has said nothing yet."""
         own: dict[str, RequestRows] = {self._own.client_id: self._own.rows()}
-        return Counts(counts.engines, {**counts.clients, **own})
-
-    def _is_looking(self) -> bool:
-        return time.monotonic() < self._looked_at + _LOOK_S
+        engines: EngineRows = {key: _row_without_counts(is_up) for key, is_up in self._engines().items()}
+        return Counts(engines | counts.engines, counts.clients | own)
 
     def _query(self) -> None:
-        if self._querying is not None:
-            self._querying.cancel()
-        self._querying = None
-        if self._is_open and self._is_looking():
-            if not self._is_asked:
-                self._is_asked = True
-                self._send(messages.MetricsQuery(next(self._query_ids), fresh=False))
-            self._querying = self._loop.call_later(_QUERY_INTERVAL_S, self._query)
+        if not self._is_open:
+            return
+        if not self._is_asked:
+            self._is_asked = True
+            self._send(messages.MetricsQuery(next(self._query_ids), fresh=False))
+        self._querying = self._loop.call_later(_QUERY_INTERVAL_S, self._query)
 
     # --- the end
 
@@ -139,3 +140,9 @@ class MetricsLink:
         for query in self._queries.values():
             if not query.done():
                 query.set_result(None)
+
+
+def _row_without_counts(is_up: bool) -> list[int]:
+    row = ENGINE_LAYOUT.zeros()
+    row[ENGINE_LAYOUT.at("engine_up")] = int(is_up)
+    return row

@@ -21,10 +21,17 @@ def no_attribute(request: object, name: str, completion: str) -> AttributeError:
     return AttributeError(text, name=name, obj=request)
 
 
-def stays_here(request: object) -> TypeError:
+def request_stays_here() -> TypeError:
     """For a request that is to be copied or pickled."""
-    kind = type(request).__name__
-    return TypeError(f"a {kind} cannot be copied or pickled: it is a request under way. Its completion can")
+    return TypeError("a Generation cannot be copied or pickled: it is a request under way. Its completion can")
+
+
+def client_stays_here() -> TypeError:
+    """For a client that is to be copied or pickled."""
+    return TypeError(
+        "an AsyncScaleClient cannot be copied or pickled: its address can, from which another process makes a client "
+        "of its own, AsyncScaleClient.attach(address)"
+    )
 
 
 def not_on_its_loop(what: str, loop: asyncio.AbstractEventLoop | None, *, is_fork: bool = False) -> ClientStateError:
@@ -48,7 +55,7 @@ def not_on_its_loop(what: str, loop: asyncio.AbstractEventLoop | None, *, is_for
 
 
 def caller() -> str:
-    """ "file:line" of the nearest caller outside of this package."""
+    """The file and line of the nearest caller outside of this package, "file:line"."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
         frame = frame.f_back

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -13,9 +13,9 @@ from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.checkpoint.progress import Progress
 from asyncscale.checkpoint.resolve import resolve_model
 from asyncscale.client.policies import POLICIES, Policy
-from asyncscale.config import CheckpointFiles, EngineConfig
+from asyncscale.config import CheckpointFiles, EngineConfig, SimulatedModel
 from asyncscale.params import SamplingParams
-from asyncscale.suggestions import did_you_mean
+from asyncscale.suggestions import closest, did_you_mean
 
 # How vLLM, SGLang, transformers and llama.cpp call the same.
 _SYNONYMS = {
@@ -43,11 +43,32 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_queued_requests", "max_queued_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ValueError(f"{name} must be an integer of at least 0, or None, got {value!r}")
-        if not isinstance(self.restart_timeout, int | float) or not self.restart_timeout >= 0:
-            raise ValueError(f"restart_timeout must be a number of seconds of at least 0, got {self.restart_timeout!r}")
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, 0, "None")
+        check_seconds("restart_timeout", self.restart_timeout)
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError, and ValueError for an address."""
+    if not isinstance(model, str | os.PathLike | SimulatedModel):
+        got = "the class itself" if model is SimulatedModel else type(model).__name__
+        raise TypeError(f"model must be a name, a path or a SimulatedModel, got {got}")
+    if isinstance(model, str) and model.startswith(("ipc://", "tcp://")):
+        raise ValueError("that is the address of another client: use AsyncScaleClient.attach(address)")
+
+
+def check_count(name: str, value: object, low: int, otherwise: str = "") -> None:
+    """Raises ValueError. otherwise: what may be there in place of a number, and was looked for."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        alternative = f"{otherwise} or " if otherwise else ""
+        raise ValueError(f"{name} must be {alternative}an integer of at least {low}, got {value!r}")
+
+
+def check_seconds(name: str, value: object, otherwise: str = "") -> None:
+    """Like `check_count`."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+        alternative = f"{otherwise} or " if otherwise else ""
+        raise ValueError(f"{name} must be {alternative}a number of seconds of at least 0, got {value!r}")
 
 
 def find_model(model: str | os.PathLike[str], progress: Progress) -> tuple[CheckpointFiles, ModelConfig]:
@@ -69,10 +90,32 @@ def engine_config(options: Mapping[str, Any], client_options: Iterable[str]) -> 
         of_requests = name in SamplingParams.__struct_fields__
         cure = ": pass it to generate, for each request" if of_requests else did_you_mean(name, known, _SYNONYMS)
         raise TypeError(f"AsyncScaleClient has no option {name!r}{cure}")
+    for name, annotation in get_type_hints(EngineConfig).items():
+        if name in options:
+            _check_type(name, options[name], annotation)
     try:
         return msgspec.convert(options, EngineConfig)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+
+
+def _check_type(name: str, value: object, annotation: Any) -> None:
+    try:
+        msgspec.convert(value, annotation)
+    except msgspec.ValidationError:
+        raise ValueError(f"{name} must be {' or '.join(_kinds(annotation))}, got {value!r}") from None
+
+
+def _kinds(annotation: Any) -> list[str]:
+    """A type in words."""
+    if get_origin(annotation) is Literal:
+        return [repr(value) for value in get_args(annotation)]
+    if alternatives := get_args(annotation):
+        return [kind for alternative in alternatives for kind in _kinds(alternative)]
+    return [_KINDS[annotation]]
 
 
 def routing_policy(routing: str | Policy) -> Policy:
@@ -80,5 +123,7 @@ def routing_policy(routing: str | Policy) -> Policy:
     if callable(routing):
         return routing
     if routing not in POLICIES:
-        raise ValueError(f"routing must be one of {', '.join(POLICIES)} or a function, got {routing!r}")
+        close = closest(routing, POLICIES) if isinstance(routing, str) else None
+        hint = f"; did you mean {close!r}?" if close else ""
+        raise ValueError(f"routing must be one of {', '.join(POLICIES)} or a function, got {routing!r}{hint}")
     return POLICIES[routing]

@@ -35,6 +35,7 @@ class StartProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._disabled = True  # a download goes on in its thread when a start is interrupted
         for bar in (self._fetch, self._load):
             if bar is not None:
                 bar.close()

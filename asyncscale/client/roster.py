@@ -49,6 +49,11 @@ class Roster:
         return [self._members[engine_id] for engine_id in sorted(self._members)]
 
     @property
+    def up(self) -> dict[int, bool]:
+        """Of each engine whether it takes requests. From any thread: an engine is never missing."""
+        return dict.fromkeys(self._left, False) | dict.fromkeys(self._members, True)
+
+    @property
     def left(self) -> list[messages.Left]:
         """The engines that died and are not back, in order."""
         return [self._left[engine_id] for engine_id in sorted(self._left)]
@@ -81,8 +86,8 @@ class Roster:
         return True
 
     def _leave(self, left: messages.Left) -> None:
-        self._members.pop(left.engine_id, None)
         self._left[left.engine_id] = left
+        self._members.pop(left.engine_id, None)
         self._dispatcher.leave(dead_error(left), returns=left.returns)
 
     def replace(self, members: list[messages.Member], left: list[messages.Left]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 
 from asyncscale.errors import ClientClosedError, ClientStateError
@@ -21,8 +22,10 @@ def wrong_state(state: State, wanted: str) -> ClientStateError:
     """The error for a client that cannot be `wanted` ("start", "use") in this state; it names the cure."""
     match state:
         case State.NEW:
+            synchronous = asyncio._get_running_loop() is None
             return ClientStateError(
                 "the client is not started: use `async with AsyncScaleClient(...) as client:` or `await client.start()`"
+                + ("; synchronous programs use asyncscale.blocking" if synchronous else "")
             )
         case State.STARTING:
             return ClientStateError("the client is still starting: await start() first")

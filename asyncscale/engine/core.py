@@ -24,6 +24,7 @@ from asyncscale.engine.scheduler import Scheduler
 from asyncscale.engine.stop_conditions import StopConditions
 from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, Started, fair_share
 from asyncscale.metrics.engine_counters import EngineCounters
+from asyncscale.metrics.request_counters import client_id
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class EngineCore:
         """The client is gone: abort all that it sent."""
         request_ids = self._clients.get(client, ())
         if request_ids:
-            _log.debug("client %s is gone: %d of its requests are aborted", client.hex(), len(request_ids))
+            _log.debug("client %s is gone: %d of its requests are aborted", client_id(client), len(request_ids))
         self.abort(client, request_ids)
         self._outbox.discard(client)
 
@@ -310,7 +311,6 @@ class EngineCore:
             del self._clients[request.client]
             del self._weights[request.client]
             self._outbox.forget(request.client)
-        self._counters.ended(request, self._clock())
         self._load_changed()
         if not self._num_alive and not self._accepting:
             _log.debug("drained: no requests are left")

@@ -24,8 +24,6 @@ OUTCOMES = ("stop", "length", "abort", "timeout", "error")
 class EngineMetrics:
     """What one engine has counted, through all its restarts, also while it hangs and after it was killed; its owner
     counts the last four. Gauges are 0 while it is not up. Each of the n choices of a request is a sequence.
-
-    Times in seconds by the engine's clock, of sequences that have ended, also of those that were aborted.
     """
 
     num_requests_running: int = gauge("Sequences that hold KV-cache blocks and are computed.", vllm=True)
@@ -40,18 +38,6 @@ class EngineMetrics:
     spec_decode_num_accepted_tokens: int = counter("Guessed tokens that were right.", vllm=True)
     iteration_tokens_total: Histogram = histogram(
         "Tokens computed in one step.", buckets=ITERATION_TOKENS_BUCKETS, vllm=True
-    )
-    request_queue_time_seconds: Histogram = seconds(
-        "From arrival at the engine to the first step.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
-    )
-    request_prefill_time_seconds: Histogram = seconds(
-        "From the first step to the first token.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
-    )
-    request_decode_time_seconds: Histogram = seconds(
-        "From the first token to the end.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
-    )
-    request_inference_time_seconds: Histogram = seconds(
-        "From the first step to the end.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
     )
     engine_malformed_messages: int = counter("Messages of clients that the engine dropped: they made no sense.")
     engine_up: int = gauge("1 while the engine takes requests, 0 while it does not.")
@@ -69,7 +55,8 @@ class EngineMetrics:
 class RequestMetrics:
     """What clients have counted of requests: of all, of one engine's (that which had it last), or of one client's.
 
-    A request is one call of `generate`, `submit` or `chat`, whatever its `n`. Times in seconds by the client's clock.
+    A request is one call of `generate`, `submit` or `chat`, whatever its `n`. Times in seconds by the client's clock;
+    those of queue and prefill by its engine's, of the choice that was first to get a token.
     """
 
     request_success: Mapping[str, int] = counter(
@@ -96,6 +83,18 @@ class RequestMetrics:
         buckets=REQUEST_LATENCY_BUCKETS,
         vllm=True,
     )
+    request_queue_time_seconds: Histogram = seconds(
+        "From arrival at the engine to the first step there.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
+    )
+    request_prefill_time_seconds: Histogram = seconds(
+        "From the first step to the first token.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
+    )
+    request_decode_time_seconds: Histogram = seconds(
+        "From the first token to the last.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
+    )
+    request_inference_time_seconds: Histogram = seconds(
+        "From the first step to the last token.", buckets=REQUEST_LATENCY_BUCKETS, vllm=True
+    )
     request_held_time_seconds: Histogram = seconds(
         "From the call until it was sent to an engine: it waits at its client while all engines are full.",
         buckets=REQUEST_LATENCY_BUCKETS,
@@ -110,6 +109,8 @@ class RequestMetrics:
     request_params_max_tokens: Histogram = histogram(
         "The parameter max_tokens, or the room in the context.", buckets=REQUEST_TOKENS_BUCKETS, vllm=True
     )
+    request_prefix_cache_queries: int = counter("Prompt tokens of requests that have their first token.")
+    request_prefix_cache_hits: int = counter("Those of them that were found in the prefix cache.")
     tokens_received: int = counter("Tokens that came from engines for requests that still wanted them.")
     request_moves: int = counter("How often requests were sent anew because their engine died or was cut off.")
     num_requests_held: int = gauge(
@@ -119,6 +120,12 @@ class RequestMetrics:
     client_malformed_messages: int = counter(
         "Messages of engines, owner or clients that a client dropped: they made no sense.", has_engine=False
     )
+
+    @property
+    def cache_hit_rate(self) -> float | None:
+        """Found part of the prompts' tokens that were looked up in the prefix cache; None before the first."""
+        queries = self.request_prefix_cache_queries
+        return self.request_prefix_cache_hits / queries if queries else None
 
 
 ENGINE_LAYOUT = Layout(EngineMetrics)

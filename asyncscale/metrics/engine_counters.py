@@ -39,7 +39,6 @@ class EngineCounters:
         counters.step(num_tokens=128, num_generated=64)
         counters.scheduled(scheduler, drafter)
         counters.prompt_computed(request)
-        counters.ended(request, now)
 
     Each call costs some stores to memory. Without a path, nobody sees it.
     """
@@ -52,10 +51,6 @@ class EngineCounters:
                 memory = mmap.mmap(file.fileno(), LAYOUT.size * _CELL_BYTES)
         self._cells = cells = cast("MutableSequence[int]", memoryview(memory).cast("q"))
         self._iteration_tokens = LAYOUT.observer(cells, "iteration_tokens_total")
-        self._queue_time = LAYOUT.observer(cells, "request_queue_time_seconds")
-        self._prefill_time = LAYOUT.observer(cells, "request_prefill_time_seconds")
-        self._decode_time = LAYOUT.observer(cells, "request_decode_time_seconds")
-        self._inference_time = LAYOUT.observer(cells, "request_inference_time_seconds")
 
     def load(self, running: int, waiting: int, pool: BlockPool) -> None:
         """How it is now."""
@@ -85,17 +80,6 @@ class EngineCounters:
     def prompt_computed(self, request: Request) -> None:
         """Of a sequence, for the first time."""
         self._cells[_PROMPT] += request.num_prompt_tokens
-
-    def ended(self, request: Request, now: float) -> None:
-        """A sequence is done, or no longer wanted."""
-        scheduled_at, first_token_at = request.scheduled_at, request.first_token_at
-        if scheduled_at is None:
-            return
-        self._queue_time(scheduled_at - request.arrival)
-        self._inference_time(now - scheduled_at)
-        if first_token_at is not None:
-            self._prefill_time(first_token_at - scheduled_at)
-            self._decode_time(now - first_token_at)
 
     def malformed(self) -> None:
         """A message made no sense."""

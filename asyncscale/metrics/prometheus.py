@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,8 +39,9 @@ class AsyncScaleCollector:
         registry.register(AsyncScaleCollector(client))
         text = generate_latest(registry)                    # or start_http_server(8000, registry=registry)
 
-    One collector shows everything, whichever client has it: register it in one process, or scrape only one. It asks
-    nobody, so a scrape may come in any thread, also in that of the event loop.
+    One collector shows everything, whichever client has it. Where several processes are scraped in turn, as behind one
+    port, make it in each when its client has started. It asks nobody, so a scrape may come in any thread, also in that
+    of the event loop.
 
     Labels: model_name; engine, which is "" for requests that no engine had; and with `per_client` client: those that
     are gone are "departed". A client that is closed shows nothing. Raises ImportError without prometheus_client.
@@ -49,6 +51,8 @@ class AsyncScaleCollector:
         _family_of_kind()
         self._client = client
         self._per_client = per_client
+        with contextlib.suppress(AsyncScaleError):  # it is not started yet
+            client.metrics()  # an attached client asks its owner from the first look on: before the first scrape
 
     def describe(self) -> Iterator[Family]:
         """All metrics without values: the registry looks whether it has one of these names."""

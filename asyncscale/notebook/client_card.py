@@ -14,14 +14,13 @@ from asyncscale.notebook.markup import AMBER, GREEN, Html, badge, card, code, no
 if TYPE_CHECKING:
     from asyncscale.client.client import AsyncScaleClient
 
-_FAINT = "currentColor"
 _STATE_COLORS = {State.STARTING: AMBER, State.RUNNING: GREEN, State.CLOSING: AMBER}
 
 
 def client_html(client: AsyncScaleClient) -> str:
     """State, model, engines with their load, and what can be done next. Never raises."""
     state = client._life.state
-    title = [strong("AsyncScaleClient"), Html(" &nbsp; "), badge(state.value, _STATE_COLORS.get(state, _FAINT))]
+    title = [strong("AsyncScaleClient"), Html(" &nbsp; "), badge(state.value, _STATE_COLORS.get(state, "currentColor"))]
     parts: list[Html] = []
     if state is State.RUNNING:
         parts += _running(client)
@@ -52,7 +51,7 @@ def _model(client: AsyncScaleClient) -> str:
         return source.name if isinstance(source, CheckpointFiles) else "simulated model"
     if client._attach_to is not None:
         return f"engines at {shown(client._attach_to)}"
-    return str(client._model) if isinstance(client._model, str) else repr(client._model)
+    return str(client._plan.model) if isinstance(client._plan.model, str) else repr(client._plan.model)
 
 
 def _what_next(state: State) -> Html:

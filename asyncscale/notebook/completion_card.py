@@ -25,15 +25,9 @@ def completion_html(completion: Completion) -> str:
 def generation_html(generation: Generation) -> str:
     """How far it is, the text so far, and how to read it."""
     stream = generation._stream
-    done = "ended" if generation.done else "running"
     title = Html(f"{strong('Generation')} &nbsp; {code(generation.request_id)}")
-    parts = [
-        note(
-            f"{done}, {stream.num_tokens} tokens so far"
-            if not generation.done
-            else f"{done} with {stream.num_tokens} tokens"
-        )
-    ]
+    state = "ended with {} tokens" if generation.done else "running, {} tokens so far"
+    parts = [note(state.format(stream.num_tokens))]
     parts += [text_block(choice.text()) for choice in stream.choices if choice.token_ids]
     if stream.error is not None:
         parts.append(note(f"{type(stream.error).__name__}: {stream.error}"))
@@ -60,7 +54,8 @@ def timing_html(timing: Timing, num_prompt_tokens: int) -> Html:
     cells = {
         "TTFT": _duration(timing.ttft),
         "TPOT": _duration(timing.tpot),
-        "total": _duration(None if timing.last_token is None else timing.last_token - timing.arrival),
+        "total": _duration(timing.e2e),
+        "held here": _duration(timing.held_s),
         "queued": _duration(timing.queued_s),
         "engine": None if timing.engine is None else str(timing.engine),
         "prompt tokens": prompt,

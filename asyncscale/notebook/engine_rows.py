@@ -10,7 +10,6 @@ from asyncscale.notebook.markup import AMBER, BLUE, GREEN, RED, Html, badge, bar
 if TYPE_CHECKING:
     from asyncscale.client.client import AsyncScaleClient
 
-_HEAD = ("engine", "state", "running", "waiting", "KV cache", "restarts")
 _STATE_COLORS = {"ready": GREEN, "paused": AMBER, "restarting": AMBER, "dead": RED}
 
 
@@ -34,6 +33,7 @@ def engine_rows(client: AsyncScaleClient, rates: Mapping[int, float] | None = No
     rows = []
     for health in client.health():
         load = loads.get(health.engine_id)
+        busy = load is not None and load.running > 0  # else the rate is of what has ended by now
         rows.append(
             EngineRow(
                 engine_id=health.engine_id,
@@ -43,7 +43,7 @@ def engine_rows(client: AsyncScaleClient, rates: Mapping[int, float] | None = No
                 capacity=0 if load is None else load.capacity,
                 kv_usage=0.0 if load is None else load.kv_usage,
                 restarts=health.restarts,
-                tokens_per_s=None if rates is None else rates.get(health.engine_id, 0.0),
+                tokens_per_s=None if rates is None else rates.get(health.engine_id, 0.0) if busy else 0.0,
             )
         )
     return rows
@@ -51,7 +51,8 @@ def engine_rows(client: AsyncScaleClient, rates: Mapping[int, float] | None = No
 
 def rows_html(rows: Sequence[EngineRow]) -> Html:
     """The rows with bars: of requests, those that run and those that wait, and of the KV cache."""
-    return table("engines", _head(rows), [_html_cells(row) for row in rows])
+    head = _head(rows)
+    return table("engines", head, [[cells[name] for name in head] for cells in map(_html_cells, rows)])
 
 
 def held_html(num_held: int) -> Html:
@@ -65,7 +66,8 @@ def held_html(num_held: int) -> Html:
 
 def rows_text(rows: Sequence[EngineRow]) -> str:
     """The rows for a terminal, a screen reader, a log."""
-    lines = [_head(rows), *(_text_cells(row) for row in rows)]
+    head = _head(rows)
+    lines = [head, *([cells[name] for name in head] for cells in map(_text_cells, rows))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -73,25 +75,31 @@ def rows_text(rows: Sequence[EngineRow]) -> str:
 
 
 def _head(rows: Sequence[EngineRow]) -> list[str]:
-    return [*_HEAD, *(["tokens/s"] if any(row.tokens_per_s is not None for row in rows) else [])]
-
-
-def _text_cells(row: EngineRow) -> list[str]:
-    cells = [
-        str(row.engine_id),
-        row.state,
-        f"{row.running} of {row.capacity}" if row.capacity else "-",
-        str(row.waiting),
-        f"{row.kv_usage:.1%}",
-        str(row.restarts),
+    return [
+        *("engine", "state", "running", "waiting", "KV cache"),
+        *(["tokens/s"] if any(row.tokens_per_s is not None for row in rows) else []),
+        *(["restarts"] if any(row.restarts for row in rows) else []),
     ]
-    return cells if row.tokens_per_s is None else [*cells, f"{row.tokens_per_s:,.0f}"]
 
 
-def _html_cells(row: EngineRow) -> list[str]:
+def _text_cells(row: EngineRow) -> dict[str, str]:
+    return {
+        "engine": str(row.engine_id),
+        "state": row.state,
+        "running": f"{row.running} of {row.capacity}" if row.capacity else "-",
+        "waiting": str(row.waiting),
+        "KV cache": f"{row.kv_usage:.1%}",
+        "tokens/s": "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+        "restarts": str(row.restarts),
+    }
+
+
+def _html_cells(row: EngineRow) -> dict[str, str]:
     cells = _text_cells(row)
     scale = max(row.capacity, row.running + row.waiting, 1)
-    cells[1] = badge(row.state, _STATE_COLORS.get(row.state, RED))
-    cells[2] = bar(cells[2], (row.running / scale, BLUE), (row.waiting / scale, AMBER))
-    cells[4] = bar(cells[4], (row.kv_usage, RED if row.kv_usage > 0.95 else BLUE))
-    return cells
+    running, waiting = (row.running / scale, BLUE), (row.waiting / scale, AMBER)
+    return cells | {
+        "state": badge(row.state, _STATE_COLORS.get(row.state, RED)),
+        "running": bar(cells["running"], running, waiting),
+        "KV cache": bar(cells["KV cache"], (row.kv_usage, RED if row.kv_usage > 0.95 else BLUE)),
+    }

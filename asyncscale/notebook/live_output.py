@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from asyncscale.notebook.cells import current_run
@@ -25,10 +24,11 @@ class LiveOutput:
     """
 
     def __init__(self, text: Callable[[], str]) -> None:
-        if find_spec("ipywidgets") is None:
-            raise ImportError("a dashboard needs ipywidgets: pip install 'asyncscale[notebook]'", name="ipywidgets")
-        import ipywidgets
-
+        try:
+            import ipywidgets
+        except ImportError as error:
+            needed = "a dashboard needs ipywidgets: pip install 'asyncscale[notebook]', and restart the kernel"
+            raise ImportError(needed, name="ipywidgets") from error
         self.widget = ipywidgets.HTML()
         self._text = text
         self._handles: list[Any] = []

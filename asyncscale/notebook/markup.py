@@ -31,7 +31,8 @@ def escape(text: str) -> Html:
 
 def card(title: str, *parts: Html) -> Html:
     """What one object looks like."""
-    style = f"font: 13px/1.5 {_FONT}; border-left: 3px solid {_FAINT}; padding: 2px 0 2px 12px; margin: 4px 0"
+    edge = f"border-left: 3px solid {_FAINT}; padding: 2px 0 2px 12px; margin: 4px 0"
+    style = f"font: 13px/1.5 {_FONT}; {edge}; overflow-x: auto"
     return Html(f'<div style="{style}"><div style="margin-bottom: 4px">{escape(title)}</div>{"".join(parts)}</div>')
 
 
@@ -70,7 +71,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> H
     right = [all(row[column][:1].isdigit() for row in body) for column in range(len(head))]
     align = ["right" if is_right else "left" for is_right in right]
     cell_style = [
-        f"padding: 2px 16px 2px 0; text-align: {side}; white-space: nowrap; font-variant-numeric: tabular-nums"
+        f"padding: 2px 12px 2px 0; text-align: {side}; white-space: nowrap; font-variant-numeric: tabular-nums"
         for side in align
     ]
     header = "".join(
@@ -97,9 +98,9 @@ def bar(label: str, *parts: tuple[float, str]) -> Html:
         for share, color in parts
     )
     frame = (
-        f"display: inline-block; width: 9em; height: 0.8em; background: {_FAINT}; border-radius: 3px; "
+        f"display: inline-block; width: 6em; height: 0.8em; background: {_FAINT}; border-radius: 3px; "
         "overflow: hidden; white-space: nowrap; margin-right: 8px; vertical-align: -1px; text-align: left; "
         "font-size: 12px; line-height: 0"
     )
-    words = "display: inline-block; min-width: 4.5em; text-align: right"  # lest columns move with every digit
+    words = "display: inline-block; min-width: 4em; text-align: right"  # lest columns move with every digit
     return Html(f'<span aria-hidden="true" style="{frame}">{filled}</span><span style="{words}">{escape(label)}</span>')

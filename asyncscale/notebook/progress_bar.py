@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -15,7 +14,9 @@ _TEXT_DELAY_S = 1.0
 
 def notebook_bar(**arguments: Any) -> tqdm[NoReturn]:
     """A widget, or text where there is no ipywidgets. arguments: of `tqdm`."""
-    if find_spec("ipywidgets") is None:  # tqdm.auto would say so in a warning, each time
+    try:
+        import ipywidgets  # noqa: F401
+    except ImportError:  # of which tqdm.auto would warn
         from tqdm import tqdm
 
         return tqdm(leave=False, delay=_TEXT_DELAY_S, **arguments)

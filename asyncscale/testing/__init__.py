@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 # The plugin's: this module is what pytest loads, in every project of the environment that it is installed in. So it
 # imports nothing but pytest until a fixture is used.
 from asyncscale.testing.hooks import pytest_addoption as pytest_addoption
+from asyncscale.testing.hooks import pytest_collection as pytest_collection
 from asyncscale.testing.hooks import pytest_configure as pytest_configure
 from asyncscale.testing.hooks import pytest_generate_tests as pytest_generate_tests
 from asyncscale.testing.hooks import pytest_plugin_registered as pytest_plugin_registered

@@ -115,9 +115,9 @@ class ClientScope:
 
 
 async def settle(client: AsyncScaleClient) -> None:
-    """When this returns, the engines have forgotten the client's requests, and the next test finds them idle."""
+    """When this returns, the engines have forgotten the client's requests, and the prompts of all that they had."""
     with suppress(Exception):  # of engines that are dead or stopped, or gone with their owner
         # Tasks that the test left behind end as their loop would end them, and not with an error that nobody takes.
         client._dispatcher.abort_all(asyncio.CancelledError("the test is over"))
         async with asyncio.timeout(_SETTLE_TIMEOUT_S):
-            await client.collective_rpc("process_info")  # answered by each after it has taken the aborts before it
+            await client.collective_rpc("reset_prefix_cache")  # done by each after the aborts before it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -44,6 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
             ) from None
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    if "pytest_asyncio" in sys.modules:  # fixtures that it shall run it wants to know before it sees tests
+        session.config.pluginmanager.import_plugin("asyncscale.testing.pytest_asyncio_fixtures")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Engines that a marker asks for are a parameter of the fixture: of any scope, whoever takes it is made anew."""
     if "asyncscale_engines" not in metafunc.fixturenames:
@@ -59,7 +65,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Engines that a fixture of a wider scope keeps in use are as good as new for each test."""
+    """Engines that a fixture of a wider scope keeps in use are as good as new for each test.
+
+    And a test that is run again, as some plugins do, begins anew.
+    """
+    loops.forget(item)
+    item.stash[test_passed] = False
     if "asyncscale_engines" in getattr(item, "fixturenames", ()):
         engine_pool(item.config).acquire(settings_of(item))
 

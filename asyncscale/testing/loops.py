@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from asyncscale.testing.clients import ClientScope
 
+_ANYIO = ("anyio", "anyio.pytest_plugin")  # the plugin's names: as it is installed, and as a module
 _wrapped: pytest.StashKey[list[ClientScope]] = pytest.StashKey()
 
 
@@ -33,7 +35,7 @@ def enter(request: pytest.FixtureRequest, scope_fixture: str) -> None:
     Called by a fixture that depends on it; it is left after that fixture.
     """
     item: pytest.Item = request.node
-    runs_anyio = "anyio_backend" in request.fixturenames
+    runs_anyio = "anyio_backend" in request.fixturenames and any(map(item.config.pluginmanager.has_plugin, _ANYIO))
     runs_asyncio = _is_of_pytest_asyncio(item)
     if runs_anyio and not runs_asyncio:
         backend = request.getfixturevalue("anyio_backend")
@@ -41,7 +43,6 @@ def enter(request: pytest.FixtureRequest, scope_fixture: str) -> None:
             pytest.skip(f"asyncscale runs on asyncio, and this is on {backend!r}: see the fixture anyio_backend")
         request.getfixturevalue(f"{scope_fixture}_entered_by_anyio")
     elif runs_asyncio and not runs_anyio:
-        request.config.pluginmanager.import_plugin("asyncscale.testing.pytest_asyncio_fixtures")
         request.getfixturevalue(f"{scope_fixture}_entered_in_{_loop_scope(item)}_loop")
     elif isinstance(item, pytest.Function) and not _is_of_unittest(item):
         item.stash.setdefault(_wrapped, []).append(request.getfixturevalue(scope_fixture))
@@ -51,6 +52,11 @@ def enter(request: pytest.FixtureRequest, scope_fixture: str) -> None:
             "test use `async with AsyncScaleClient.attach(engines) as client:`",
             pytrace=False,
         )
+
+
+def forget(item: pytest.Item) -> None:
+    """What an earlier run of the same test wanted."""
+    item.stash[_wrapped] = []
 
 
 @contextlib.contextmanager
@@ -70,6 +76,7 @@ def scopes_entered_by_test(item: pytest.Item) -> Iterator[None]:
 def _entering(test: Callable[..., Awaitable[object]], scopes: list[ClientScope]) -> Callable[..., Awaitable[object]]:
     @functools.wraps(test)
     async def entered(*args: Any, **kwargs: Any) -> object:
+        __tracebackhide__ = True
         import asyncio
 
         if asyncio._get_running_loop() is None:
@@ -83,11 +90,8 @@ def _entering(test: Callable[..., Awaitable[object]], scopes: list[ClientScope])
 
 
 def _is_of_pytest_asyncio(item: pytest.Item) -> bool:
-    if not item.config.pluginmanager.has_plugin("asyncio"):
-        return False
-    import pytest_asyncio
-
-    return pytest_asyncio.is_async_test(item)
+    pytest_asyncio = sys.modules.get("pytest_asyncio")
+    return pytest_asyncio is not None and pytest_asyncio.is_async_test(item)
 
 
 def _is_of_unittest(item: pytest.Function) -> bool:
@@ -100,5 +104,8 @@ def _loop_scope(item: pytest.Item) -> str:
     """As the documentation of pytest-asyncio has it: what the closest marker says, else the ini file."""
     marker = item.get_closest_marker("asyncio")
     keywords = {} if marker is None else marker.kwargs
-    scope = keywords.get("loop_scope") or keywords.get("scope") or item.config.getini("asyncio_default_test_loop_scope")
-    return str(scope or "function")
+    scope = keywords.get("loop_scope") or keywords.get("scope")
+    if scope is None:
+        with contextlib.suppress(ValueError):  # versions before 1.0 do not know it
+            scope = item.config.getini("asyncio_default_test_loop_scope")
+    return scope or "function"

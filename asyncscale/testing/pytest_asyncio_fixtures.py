@@ -1,4 +1,4 @@
-"""Fixtures that pytest-asyncio runs on the loop of a test. Registered when the first test needs one."""
+"""Fixtures that pytest-asyncio runs on the loop of a test. Registered where that plugin is."""
 
 from __future__ import annotations
 

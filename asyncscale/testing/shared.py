@@ -42,6 +42,10 @@ class SharedEngines(str):
     def address(self) -> str:
         return str(self)
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """In other processes, it is the address and nothing else."""
+        return str, (str(self),)
+
     def health(self) -> tuple[EngineHealth, ...]:
         """How every engine is: see `AsyncScaleClient.health`."""
         return self._loop.call(self._owner.health)

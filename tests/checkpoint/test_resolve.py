@@ -62,6 +62,16 @@ def test_a_model_at_nearly_that_path_is_offered(
         resolve_model("modell")
 
 
+def test_a_folder_of_models_offers_those_inside(model_folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    model_folder.rename(snapshot)
+    with pytest.raises(ModelLoadError, match=rf"no config\.json. Did you mean {snapshot}\?"):
+        resolve_model(tmp_path / "models--org--name")
+    with pytest.raises(ModelLoadError, match=rf"no config\.json. Did you mean {snapshot}\?"):
+        resolve_model(snapshot.parent)
+
+
 def test_a_hub_id_is_left_alone_unless_a_path_is_nearly_that(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

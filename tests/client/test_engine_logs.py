@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import msgspec
 import pytest
 
+from asyncscale import messages
 from asyncscale.client.engine_logs import EngineLogs, wanted_levels
 from asyncscale.messages import Logged
 
@@ -69,3 +71,24 @@ def test_the_levels_that_engines_are_told_are_those_in_force_here(caplog: pytest
         assert set(wanted_levels().values()) == {logging.ERROR + 1}
     finally:
         logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [
+        {"name": "root"},
+        {"name": "asyncscaled"},
+        {"level": -1},
+        {"text": "x" * 2**14},
+        {"error": "x" * 2**14},
+        {"created": -1.0},
+        {"line": -1},
+    ],
+    ids=lambda defect: next(iter(defect)),
+)
+def test_what_no_engine_of_ours_would_log_is_dropped(defect: dict[str, Any]) -> None:
+    def decoded(message: Logged) -> object:
+        return messages.decode(messages.from_engine_process_decoder, messages.encoder.encode(message))
+
+    assert decoded(LOGGED) == LOGGED
+    assert decoded(msgspec.structs.replace(LOGGED, **defect)) is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,15 @@ from api_reference import PAGE as API_REFERENCE
 from pages import DOCS, PAGES, ROOT, blocks, run_page
 
 
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    logger = logging.getLogger("asyncscale")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
+@pytest.mark.usefixtures("logging_as_before")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != API_REFERENCE], ids=lambda page: str(page.relative_to(ROOT))
 )
@@ -36,6 +47,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.is_relative_to(ROOT), link
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_files_that_the_design_names_are_there() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (DOCS / "design.md").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "asyncscale"))] == []
 
 
 def anchors(page: Path) -> set[str]:

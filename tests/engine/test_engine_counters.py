@@ -65,28 +65,6 @@ def test_each_choice_is_a_sequence_and_the_cache_is_counted(make_engine, endless
     assert seen.cache_hit_rate == 16 / 30
 
 
-def test_times_of_phases_are_those_of_the_sequences_that_ended(make_engine, endless):
-    engine = make_engine(max_num_seqs=1)
-    assert counted(engine).cache_hit_rate is None
-    engine.add(0, PROMPT, max_tokens=5, **endless)
-    engine.add(1, PROMPT, max_tokens=5, **endless)
-    engine.add(2, PROMPT, max_tokens=5, **endless)
-    engine.core.abort(A, [2])  # was never scheduled
-    while not engine.received[A, 0].finished:
-        engine.step()
-    first, seen = engine.started(0), counted(engine)
-    assert seen.request_queue_time_seconds.sum == first.queued_s
-    assert seen.request_prefill_time_seconds.sum == first.prefill_s
-    total = seen.request_prefill_time_seconds.sum + seen.request_decode_time_seconds.sum
-    assert seen.request_inference_time_seconds.sum == total
-    engine.step()
-    engine.step()
-    engine.core.abort(A, [1])
-    seen = counted(engine)
-    phases = ("queue", "prefill", "decode", "inference")
-    assert [getattr(seen, f"request_{phase}_time_seconds").count for phase in phases] == [2, 2, 2, 2]
-
-
 def test_guesses_are_counted(make_engine):
     from asyncscale.config import SimulatedModel
 

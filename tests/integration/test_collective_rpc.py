@@ -174,7 +174,7 @@ async def test_a_timeout_leaves_nothing_behind_and_the_call_runs_all_the_same(
 ) -> None:
     pid = pids(owner)[2]
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="not every engine has answered"):
         await client.collective_rpc("pause", timeout=0.05)
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert len(tasks) == (client is not owner)  # the coordinator's, which waits for the engine

@@ -104,7 +104,7 @@ async def main():
     async with AsyncScaleClient(SimulatedModel(base_ms=0), num_engines=1) as owner:
         other = AsyncScaleClient.attach(owner.address)
         await asyncio.to_thread(background.run, other.start())
-        calls = [owner._dispatcher.call("resume", []) for _ in range(20_000)]
+        calls = [owner._dispatcher.call("resume", []) for _ in range(3_000)]
         print(len(background.run(ask(other), timeout=30).token_ids))  # blocks the owner's loop
         await asyncio.gather(*calls)
         await asyncio.to_thread(background.run, other.close())
@@ -116,7 +116,8 @@ asyncio.run(main())
         [sys.executable, "-c", script], cwd=workspace, capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout == "3\n"
-    assert result.stderr == ""
+    # The engine may have more to say when its owner reads again: then it says as well what it could not.
+    assert all("records were dropped while nobody read them" in line for line in result.stderr.splitlines())
 
 
 def test_nothing_is_printed(workspace: Path) -> None:
@@ -181,3 +182,11 @@ async def test_an_owner_that_closes_is_no_error_of_those_attached(caplog: pytest
         await wait_state(attached, "dead")
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
     assert caplog.messages.count("all engines ended: its owner closed") == 1
+
+
+async def test_an_owner_says_who_comes_and_goes_by_the_name_that_metrics_have(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="asyncscale")
+    async with AsyncScaleClient(MODEL, num_engines=1) as owner:
+        async with AsyncScaleClient.attach(owner.address) as attached:
+            name = attached.metrics().client_id
+        await wait_records(caplog, {f"client {name} is here: 1 are attached", f"client {name} is gone: 0 are attached"})

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from asyncscale import AsyncScaleClient, Completion, FrontendError, SimulatedModel, run_frontends
+from asyncscale.testing import wait_until
 
 MODEL = SimulatedModel(base_ms=2, decode_us=1, prefill_us=0.1)
 LONG: dict[str, Any] = {"max_tokens": 8000, "ignore_eos": True}
@@ -49,7 +50,7 @@ class Other:
 
     async def stop(self) -> None:
         self.process.suspend()
-        await until(lambda: self.process.status() == psutil.STATUS_STOPPED)
+        await wait_until(lambda: self.process.status() == psutil.STATUS_STOPPED)
 
     async def kill(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -86,13 +87,6 @@ async def start(runtime_folders: Path) -> AsyncIterator[Start]:
             return others[-1]
 
         yield start_other
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """For what no event tells of."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def reach(client: AsyncScaleClient, in_flight: int, timeout: float = 20.0) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from asyncscale import (
     SimulatedModel,
     run_frontends,
 )
+from asyncscale.testing import kill_engine, wait_until
 
 MODEL = SimulatedModel(base_ms=1, decode_us=1, prefill_us=0.1)
 LONG: dict[str, Any] = {"max_tokens": 8000, "ignore_eos": True}
@@ -45,13 +46,6 @@ async def wait_running(client: AsyncScaleClient, count: int) -> None:
         async for loads in client.watch_loads():
             if sum(load.running for load in loads) == count:
                 return
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """For what no event tells of."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def assert_idle(client: AsyncScaleClient) -> None:
@@ -321,13 +315,12 @@ async def test_a_client_that_reads_nothing_is_sent_no_end_of_messages_and_knows_
         process = psutil.Process(wire[0].recv())
         if how == "stopped":
             process.suspend()
-            await until(lambda: process.status() == psutil.STATUS_STOPPED)
+            await wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
         (client,) = engines._coordinator._clients.values()  # type: ignore[attr-defined]
         async with asyncio.timeout(60):
             while not client.behind:
                 await asyncio.gather(*(owner.generate("hello", max_tokens=2) for _ in range(20)))
-        os.kill(engines.supervisor.engines[1].pid, signal.SIGKILL)  # type: ignore[attr-defined]
-        await until(lambda: len(owner.engine_loads()) == 1)
+        await kill_engine(owner, 1)
         generations = [owner.generate("hello", **LONG) for _ in range(3)]
         await reach(owner, 3)
         process.resume()

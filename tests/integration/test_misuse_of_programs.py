@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from programs import run, script
 
-from asyncscale import AsyncScaleClient, SimulatedModel, blocking
+from asyncscale import AsyncScaleClient, ClientStateError, SimulatedModel, blocking
+from asyncscale.config import EngineConfig
 
 FAST = SimulatedModel(base_ms=0.2)
 KINDS = [AsyncScaleClient, blocking.AsyncScaleClient]
@@ -61,6 +63,11 @@ del client
         assert f"made at {path}:{number}: use {cure}" in line
 
 
+def test_use_without_an_event_loop_names_the_blocking_client() -> None:
+    with pytest.raises(ClientStateError, match=r"not started.*asyncscale\.blocking"):
+        AsyncScaleClient(FAST).generate("x")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("option", "words"),
@@ -76,6 +83,33 @@ del client
 def test_options_of_a_client(kind: Callable[..., object], option: str, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         kind(FAST, **{option: 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "fp16"}, "dtype must be 'auto' or 'float32' or 'bfloat16' or 'float16', got 'fp16'"),
+        ({"quantization": 4}, "quantization must be 'int8' or None, got 4"),
+        ({"max_model_len": "1k"}, "max_model_len must be an integer or None, got '1k'"),
+        ({"pin_engines": "no"}, "pin_engines must be True or False, got 'no'"),
+        ({"kv_cache_memory_fraction": 2}, "kv_cache_memory_fraction must be in (0, 1], got 2.0"),
+        ({"num_engines": "2"}, "num_engines must be \"auto\" or an integer of at least 1, got '2'"),
+        ({"max_restarts": -1}, "max_restarts must be an integer of at least 0, got -1"),
+        ({"start_timeout": "1 min"}, "start_timeout must be a number of seconds of at least 0, got '1 min'"),
+        ({"hang_timeout": -1}, "hang_timeout must be None or a number of seconds of at least 0, got -1"),
+        ({"max_queued_requests": 0.5}, "max_queued_requests must be None or an integer of at least 0, got 0.5"),
+        ({"routing": "leastloaded"}, "got 'leastloaded'; did you mean 'least-loaded'?"),
+    ],
+)
+def test_values_of_options(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        AsyncScaleClient(FAST, **options)
+
+
+@pytest.mark.parametrize("option", EngineConfig.__struct_fields__)
+def test_every_option_says_what_it_may_be(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{option} must be (an|a|True|'|None).*, got \[\]"):
+        AsyncScaleClient(FAST, **{option: []})
 
 
 KEY = "0123456789abcdef" * 4

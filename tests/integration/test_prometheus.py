@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from asyncscale import AsyncScaleClient, FrontendError, SimulatedModel, blocking, run_frontends
 from asyncscale.metrics import AsyncScaleCollector
 from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
+from asyncscale.testing import kill_engine, wait_until
 
 MODEL = SimulatedModel(base_ms=0.5, decode_us=1, prefill_us=0.1)
 PROMPT = list(range(10))
@@ -127,6 +128,20 @@ async def test_of_each_client_if_asked() -> None:
             assert labels_of(samples, "generation_tokens_total") == {"model_name", "engine"}
 
 
+async def test_processes_that_are_scraped_in_turn_show_the_same_from_the_first_scrape_on() -> None:
+    async def front_end(client: AsyncScaleClient, index: int) -> tuple[float, float]:
+        registry = registry_of(AsyncScaleCollector(client))
+        async with asyncio.timeout(10):  # nobody looks until the owner's answer has come
+            while not client._engines._metrics._newest.clients:  # type: ignore[attr-defined]  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        samples = parse(generate_latest(registry).decode())
+        return value(samples, "tokens_received_total"), value(samples, "generation_tokens_total")
+
+    async with AsyncScaleClient(MODEL, num_engines=1) as owner:
+        await generate(owner, 3)
+        assert await run_frontends(front_end, 2, owner.address) == [(21, 21), (21, 21)]
+
+
 async def test_two_collectors_do_not_fit_in_one_registry() -> None:
     async with AsyncScaleClient(MODEL, num_engines=1) as client:
         with pytest.raises(ValueError, match="Duplicated"):
@@ -174,20 +189,15 @@ async def test_no_counter_ever_falls(tmp_path: Path) -> None:
         front_ends = asyncio.ensure_future(run_frontends(front_end, 2, owner.address))
         watchers = [asyncio.ensure_future(watch(client)) for client in (owner, other)]
 
-        async def until(condition) -> None:  # type: ignore[no-untyped-def]
-            async with asyncio.timeout(20):
-                while not condition():  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-
-        await until(lambda: sum(row.tokens_received > 100 for row in owner.metrics().clients.values()) == 2)
+        await wait_until(lambda: sum(row.tokens_received > 100 for row in owner.metrics().clients.values()) == 2)
         load = [owner.generate(PROMPT, max_tokens=1000, ignore_eos=True) for _ in range(10)]
-        os.kill(owner._engines.supervisor.engines[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        await kill_engine(owner, 0)
         await asyncio.gather(*load)
         os.kill(int((tmp_path / "0").read_text()), signal.SIGKILL)
         with pytest.raises(FrontendError):
             await front_ends
-        await until(lambda: len(owner.metrics().clients) == 3)
-        await until(lambda: owner.metrics().engines[0].engine_up)
+        await wait_until(lambda: len(owner.metrics().clients) == 3)
+        await wait_until(lambda: owner.metrics().engines[0].engine_up)
         for watcher in watchers:
             assert not watcher.done(), watcher.exception()
             watcher.cancel()

@@ -20,6 +20,7 @@ import zmq
 
 from asyncscale import AsyncScaleClient, AsyncScaleError, EngineDeadError, SimulatedModel, messages, run_frontends
 from asyncscale.address import parse
+from asyncscale.testing import kill_engine
 
 HERE = "127.0.0.1"
 FAST = SimulatedModel(base_ms=0.2, decode_us=1, prefill_us=0.1)
@@ -76,7 +77,7 @@ async def test_requests_of_a_killed_engine_go_on_and_it_comes_back_at_another_po
         generation = other.generate("goes on", engine=0, max_tokens=3000, ignore_eos=True)
         tokens = aiter(generation)
         await anext(tokens)
-        os.kill(client._engines.supervisor.engines[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        await kill_engine(client, 0)
         assert len((await asyncio.wait_for(generation, 30)).token_ids) == 3000
         assert addresses(client)[1] != before
         assert [health.restarts for health in client.health()] == [1, 0]

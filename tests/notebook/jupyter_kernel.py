@@ -28,7 +28,8 @@ def kernel_environment() -> dict[str, str]:
 
 @dataclass
 class Outcome:
-    """What a cell's run wrote, showed and raised. displays: id -> what is shown there now."""
+    """What a cell's run wrote, showed and raised. displays: id -> what is shown there now; first_displays: what was
+    shown at first."""
 
     number: int = 0  # N of In [N]
     stdout: str = ""
@@ -37,6 +38,7 @@ class Outcome:
     traceback: str = ""
     results: list[dict[str, Any]] = field(default_factory=list)
     displays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    first_displays: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Kernel:
@@ -94,6 +96,7 @@ class Kernel:
             case "execute_result":
                 outcome.results.append(content["data"])
             case "display_data":
+                outcome.first_displays.append(content["data"])
                 outcome.displays[content.get("transient", {}).get("display_id", "")] = content["data"]
             case "status":
                 return bool(content["execution_state"] == "idle")

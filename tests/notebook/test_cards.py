@@ -9,6 +9,7 @@ import pytest
 
 from asyncscale import AsyncScaleClient, ChoiceCompletion, Completion, SimulatedModel, Timing
 from asyncscale.notebook.engine_rows import EngineRow, rows_html, rows_text
+from asyncscale.notebook.token_rates import TokenRates
 
 HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)"> $x^2$ &amp; \u202eevil\n\n  indented'
 
@@ -49,7 +50,21 @@ def check_fits_any_theme(html: str) -> None:
 
 def completion(text: str, n: int = 1) -> Completion:
     choices = tuple(ChoiceCompletion(index, text, [1, 2], "stop", None) for index in range(n))
-    timing = Timing(0.0, 0.001, 0.0123, 2.5, 1, {1: 0.0}, 2 * n, 3, 0, 1)
+    timing = Timing(
+        arrival=0.0,
+        queued=0.25,
+        queued_s=0.001,
+        prefill_s=0.05,
+        first_token=0.0123,
+        last_token=2.5,
+        engine=1,
+        scores={1: 0.0},
+        num_output_tokens=2 * n,
+        longest_output=2,
+        num_cached_tokens=3,
+        num_preemptions=0,
+        num_moves=1,
+    )
     return Completion("<b>id</b>", [1] * 5, choices, None, timing)
 
 
@@ -61,7 +76,7 @@ def test_a_completion_shows_its_text_as_it_is(n: int) -> None:
     assert elements.text.count(HOSTILE) == n
     assert "<b>id</b>" in elements.text
     assert html.count("<pre ") == n  # where a notebook looks for no formulas
-    for shown in ("12.3 ms", "2.50 s", "5, 3 cached", "'stop'", "TTFT", "moves"):
+    for shown in ("12.3 ms", "2.50 s", "250.0 ms", "5, 3 cached", "'stop'", "TTFT", "moves"):
         assert shown in elements.text
     assert "preemptions" not in elements.text
 
@@ -115,5 +130,19 @@ def test_bars_stay_in_their_frames_and_text_says_the_same() -> None:
         assert sum(widths) <= 100.1
     text = rows_text(rows).splitlines()
     assert [line.split()[0] for line in text] == ["engine", "0", "10"]
-    assert text[1].split()[-1] == "12,346"
-    assert "tokens/s" not in rows_text([rows[0]._replace(tokens_per_s=None)])
+    assert text[0].split()[-2:] == ["tokens/s", "restarts"]
+    assert text[1].split()[-2:] == ["12,346", "0"]
+    calm = rows_text([rows[0]._replace(tokens_per_s=None)])
+    assert "tokens/s" not in calm
+    assert "restarts" not in calm
+
+
+def test_rates_are_of_the_last_seconds() -> None:
+    rates = TokenRates()
+    assert rates.update({0: 1000}, 50.0) == {}
+    assert rates.update({0: 1100, 1: 7}, 50.9) == {}
+    assert rates.update({0: 1200, 1: 50}, 51.25) == {0: 160.0, 1: 40.0}
+    assert rates.update({0: 1200, 1: 50}, 53.0) == {0: 160.0, 1: 40.0}  # perhaps there is no news
+    assert rates.update({0: 1200, 1: 150}, 53.25) == {0: 0.0, 1: 50.0}
+    assert rates.update({0: 1200, 1: 150}, 55.75) == {0: 0.0, 1: 0.0}
+    assert rates.update({0: 1300, 1: 150}, 90.0) == {}

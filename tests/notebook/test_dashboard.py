@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +45,9 @@ async def test_it_follows_requests_and_deaths_and_ends_with_its_client() -> None
     async with AsyncScaleClient(SimulatedModel(), num_engines=2, max_num_seqs=3) as client:
         dashboard = await client.dashboard()
         other = client.dashboard()  # works without await, too
-        work = [client.generate("x", max_tokens=4000, ignore_eos=True) for _ in range(8)]
+        work = [client.generate("x", max_tokens=8000, ignore_eos=True) for _ in range(8)]
         await picture(dashboard, lambda html: html.count("3 of 3") == 2 and "2 requests of this client wait" in html)
+        await picture(dashboard, lambda html: all(row.tokens_per_s > 0 for row in dashboard._rows))
         (info, _) = await client.collective_rpc("process_info")
         os.kill(info["pid"], signal.SIGKILL)
         await picture(dashboard, lambda html: "restarting" in html)
@@ -84,11 +85,7 @@ async def test_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClientStateError, match=r"await client.start\(\)"):
         client.dashboard()
     async with client:
-        find_spec = importlib.util.find_spec
-        monkeypatch.setattr(
-            "asyncscale.notebook.live_output.find_spec",
-            lambda name: None if name == "ipywidgets" else find_spec(name),
-        )
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
         with pytest.raises(ImportError, match=r"pip install 'asyncscale\[notebook\]'"):
             client.dashboard()
 

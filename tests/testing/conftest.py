@@ -12,7 +12,7 @@ import asyncscale
 
 INI = """
 [pytest]
-addopts = --strict-markers --strict-config -p asyncscale.testing -p no:cacheprovider
+addopts = --strict-markers --strict-config -p asyncscale.testing -p no:cacheprovider -p no:hypothesispytest
 filterwarnings = error
 """
 LOOP_SCOPE = "asyncio_default_fixture_loop_scope = function\n"  # which pytest-asyncio wants to be said

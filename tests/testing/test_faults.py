@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -113,6 +114,27 @@ async def test_waits_say_what_did_not_come_true(asyncscale_client: AsyncScaleCli
     await wait_until(lambda: asyncscale_client.health()[0].state != "ready")
     with pytest.raises(TimeoutError, match=r"engine 0 is restarting \(engine 0 died \(killed by SIGKILL\)\)"):
         await wait_engines_ready(asyncscale_client, timeout=0)
+
+
+@pytest.mark.parametrize("_", range(2))
+async def test_prompts_of_earlier_tests_are_not_cached(asyncscale_client: AsyncScaleClient, _: int) -> None:
+    cached = [(await asyncscale_client.generate("x" * 64, max_tokens=1)).timing.num_cached_tokens for _ in range(2)]
+    assert cached == [0, 48]
+
+
+answers: set[str] = set()
+
+
+@pytest.mark.parametrize("_", range(2))
+async def test_who_draws_no_seed_is_answered_alike_in_each_test(asyncscale_client: AsyncScaleClient, _: int) -> None:
+    texts = [(await asyncscale_client.generate("x", max_tokens=4, temperature=1)).text for _ in range(2)]
+    answers.update(texts)
+    assert len(answers) == 2
+
+
+async def test_other_processes_are_told_the_address_and_nothing_else(asyncscale_engines: str) -> None:
+    copied = pickle.loads(pickle.dumps(asyncscale_engines))
+    assert (type(copied), copied) == (str, str(asyncscale_engines))
 
 
 async def test_a_condition_may_be_a_coroutine_function() -> None:

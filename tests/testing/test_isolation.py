@@ -197,3 +197,36 @@ def test_after_ctrl_c_in_a_synchronous_test_nothing_is_left_and_nothing_else_is_
     )
     assert (result.ret, result.errlines) == (2, [])
     result.stdout.fnmatch_lines("*KeyboardInterrupt*")
+
+
+def test_a_test_that_is_run_again_begins_anew(run_pytest: RunPytest) -> None:
+    result = run_pytest(
+        "-p", "no:asyncio", "-p", "no:anyio",
+        ini="",
+        conftest="""
+            import asyncio, inspect
+            from _pytest.runner import runtestprotocol
+
+            def pytest_runtest_protocol(item, nextitem):
+                for _ in range(2):
+                    item._initrequest()
+                    for report in runtestprotocol(item, nextitem=nextitem, log=False):
+                        item.ihook.pytest_runtest_logreport(report=report)
+                return True
+
+            def pytest_pyfunc_call(pyfuncitem):
+                if inspect.iscoroutinefunction(pyfuncitem.obj):
+                    asyncio.run(pyfuncitem.obj(**{"asyncscale_client": pyfuncitem.funcargs["asyncscale_client"]}))
+                    return True
+        """,
+        test_twice="""
+            runs = []
+
+            async def test_fails_at_its_second_run(asyncscale_client):
+                await asyncscale_client.generate("x", max_tokens=3)
+                runs.append(asyncscale_client.generate("x", max_tokens=8000, ignore_eos=True))
+                assert len(runs) == 1
+        """,
+    )  # fmt: skip
+    result.assert_outcomes(passed=1, errors=1, failed=1)
+    result.stdout.fnmatch_lines("E * assert 2 == 1")

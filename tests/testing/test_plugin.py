@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +68,19 @@ def test_the_installed_plugin_is_there_however_it_is_asked_for(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     install(pytester.path / "site", monkeypatch)
-    pytester.makepyfile("def test_address(asyncscale_engines): assert asyncscale_engines.startswith('ipc://')")
     pytester.makeconftest("pytest_plugins = ['asyncscale.testing']")
-    result = pytester.run(sys.executable, "-m", "pytest", *arguments, timeout=60)
+    result = pytester.run(sys.executable, "-m", "pytest", "--fixtures", *arguments, timeout=60)
+    result.stdout.fnmatch_lines(["asyncscale_engines [[]session scope[]]*", "asyncscale_client_factory *"])
+
+
+def test_plugins_that_are_named_one_by_one_work_together(
+    run_pytest: RunPytest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    anyio = TRIVIAL.replace("async def", "import pytest\n\n@pytest.mark.anyio\nasync def")
+    result = run_pytest("-p", "pytest_asyncio.plugin", "-p", "anyio.pytest_plugin", ini=AUTO, test_asyncio=TRIVIAL)
     result.assert_outcomes(passed=1)
+    run_pytest("-p", "anyio.pytest_plugin", ini="", test_anyio=anyio, test_asyncio="").assert_outcomes(passed=1)
 
 
 def test_the_installed_plugin_can_be_left_out(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,18 +147,18 @@ def test_a_marker_reaches_fixtures_of_every_scope(run_pytest: RunPytest) -> None
 @pytest.mark.parametrize(
     ("arguments", "ini", "message"),
     [
-        (["--asyncscale-num-engines=0"], "", "*num_engines must be \"auto\" or an integer of at least 1, got 0"),
-        (["--asyncscale-option=max_num_seq=5"], "", "*did you mean 'max_num_seqs'?"),
-        ([], "asyncscale_options = max_num_seqs 5", "*asyncscale_options: expected KEY=VALUE, *got 'max_num_seqs 5'"),
-        ([], "asyncscale_options = max_num_seqs=many", "*max_num_seqs*"),
+        (["--asyncscale-num-engines=0"], "", "num_engines must be \"auto\" or an integer of at least 1, got 0"),
+        (["--asyncscale-option=max_num_seq=5"], "", "did you mean 'max_num_seqs'?"),
+        ([], "asyncscale_options = max_num_seqs 5", "asyncscale_options: expected KEY=VALUE, such as max_num_seqs=8"),
+        ([], "asyncscale_options = max_num_seqs=many", "max_num_seqs must be an integer, got"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_end_the_run_before_it_begins(
-    run_pytest: RunPytest, arguments: list[str], ini: str, message: str
+    pytester: pytest.Pytester, arguments: list[str], ini: str, message: str
 ) -> None:
-    result = run_pytest(*arguments, ini=AUTO + ini, test_trivial=TRIVIAL)
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(f"ERROR: {message}")
+    pytester.makeini(f"[pytest]\n{LOOP_SCOPE}{ini}\n")
+    with pytest.raises(pytest.UsageError, match=re.escape(message)):
+        pytester.parseconfigure("-p", "asyncscale.testing", *arguments)
 
 
 def test_of_a_marker_that_cannot_be_the_test_fails(run_pytest: RunPytest) -> None:
