@@ -15,12 +15,20 @@ from asyncscale.params import Sampling
 _PYTHON_GOAL_MS = 0.3
 PYTHON_BATCH = 32
 
-# What the parts are called.
+# What the parts are called; those of experts, where a model has any.
+_EXPERTS = {
+    "router": "experts: router",
+    "dispatch": "experts: tokens to experts",
+    "experts_gate_up": "experts: gate and up",
+    "experts_down": "experts: down",
+    "combine": "experts: weighted sum",
+}
 _NAMES = {
     "qkv": "linear: qkv",
     "output": "linear: output",
     "gate_up": "linear: gate and up",
     "down": "linear: down",
+    **_EXPERTS,
     "head": "linear: head",
     "attention": "attention",
     "norms": "norms",
@@ -90,6 +98,8 @@ def table(measured: Measured, limits: Limits) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for part, name in _NAMES.items():
+        if part in _EXPERTS and "router" not in measured.works:
+            continue
         seconds = measured.seconds[part]
         cells = [name, f"{1000 * seconds:.3f}", _percent(seconds / measured.total_s)]
         work = measured.works.get(part)

@@ -8,15 +8,27 @@ from typing import Any
 
 import msgspec
 
+from asyncscale.checkpoint.experts_config import EXPERT_ARCHITECTURES, ExpertsConfig
 from asyncscale.checkpoint.gguf_config import hugging_face_config
 from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.checkpoint.rope_config import RopeConfig
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_MISTRAL_SLIDING_WINDOW = 4096  # what transformers takes where config.json does not mention it
-_QWEN3_HEAD_DIM = 128  # likewise
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    *EXPERT_ARCHITECTURES,
+)
+# What transformers takes where config.json does not mention it.
+_MISTRAL_SLIDING_WINDOW = 4096
+_QWEN3_HEAD_DIM = 128
+_MIXTRAL_ROPE_THETA = 1_000_000.0
+
+_QK_NORMS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+_OPTIONAL_BIASES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,8 +39,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         config = ModelConfig.load(CheckpointFiles(name="m", format="safetensors", path="folder"))
 
     layer_windows: per layer, how many positions a token sees (its own included), None for all before it.
-    qkv_bias, o_bias, mlp_bias: which linear layers have one. qk_norm: RMSNorm of each query and key head (Qwen3).
-    dtype: of the checkpoint's tensors, as it states it.
+    intermediate_size: of layers without experts. experts: None where no layer has any.
+    qkv_bias, o_bias, mlp_bias: which linear layers have one. qk_norm: RMSNorm of each query and key head (Qwen3);
+    qk_norm_spans_heads: of all query heads together, and of all key heads (OLMoE). qkv_limit: magnitude beyond which
+    queries, keys and values are cut off, after the norms. dtype: of the checkpoint's tensors, as it states it.
     """
 
     architecture: str
@@ -48,6 +62,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    qk_norm_spans_heads: bool
+    qkv_limit: float | None
+    experts: ExpertsConfig | None
     dtype: str | None
 
     @classmethod
@@ -71,6 +88,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ModelLoadError(f"{source}: {error}") from error
         _check_sizes(model, source)
         return model
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """Those of the layer with this index; None where it has a plain MLP."""
+        return self.experts if self.experts is not None and self.experts.layers[layer] else None
 
     @property
     def max_model_len(self) -> int:
@@ -139,7 +160,9 @@ def _fields(config: Mapping[str, Any], architecture: str, source: str) -> dict[s
     head_dim = config.get("head_dim")
     if head_dim is None:
         head_dim = _QWEN3_HEAD_DIM if architecture == "Qwen3ForCausalLM" else config["hidden_size"] // num_heads
-    biased = bool(config.get("attention_bias")) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    if architecture == "MixtralForCausalLM":
+        config = {"rope_theta": _MIXTRAL_ROPE_THETA} | dict(config)
+    biased = bool(config.get("attention_bias")) and architecture in _OPTIONAL_BIASES
     return {
         "architecture": architecture,
         "vocab_size": config["vocab_size"],
@@ -157,18 +180,29 @@ def _fields(config: Mapping[str, Any], architecture: str, source: str) -> dict[s
         "qkv_bias": biased or architecture == "Qwen2ForCausalLM",
         "o_bias": biased,
         "mlp_bias": config.get("mlp_bias", False) if architecture == "LlamaForCausalLM" else False,
-        "qk_norm": architecture == "Qwen3ForCausalLM",
+        "qk_norm": architecture in _QK_NORMS,
+        "qk_norm_spans_heads": architecture == "OlmoeForCausalLM",
+        "qkv_limit": config.get("clip_qkv") if architecture == "OlmoeForCausalLM" else None,
+        "experts": ExpertsConfig.parse(config, architecture, source),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
     }
 
 
+def _window(config: Mapping[str, Any], architecture: str) -> int | None:
+    """The sliding window of those layers that have one."""
+    window: int | None = config.get("sliding_window")
+    if architecture == "MistralForCausalLM":
+        return window if "sliding_window" in config else _MISTRAL_SLIDING_WINDOW
+    if architecture == "MixtralForCausalLM" or (architecture.startswith("Qwen") and config.get("use_sliding_window")):
+        return window
+    return None
+
+
 def _layer_windows(config: Mapping[str, Any], architecture: str, source: str) -> list[int | None]:
     num_layers = config["num_hidden_layers"]
-    if architecture == "MistralForCausalLM":
-        return [config.get("sliding_window", _MISTRAL_SLIDING_WINDOW)] * num_layers
-    window = config.get("sliding_window")
-    if architecture == "LlamaForCausalLM" or not config.get("use_sliding_window") or window is None:
-        return [None] * num_layers
+    window = _window(config, architecture)
+    if window is None or architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        return [window] * num_layers
     types = config.get("layer_types")
     if types is None:
         first = config.get("max_window_layers", 28)
@@ -189,5 +223,7 @@ def _check_sizes(model: ModelConfig, source: str) -> None:
         )
     if model.head_dim < 2 or model.head_dim % 2:
         raise ModelLoadError(f"{source}: head_dim must be even, got {model.head_dim}")
+    if model.qkv_limit is not None and not model.qkv_limit > 0:
+        raise ModelLoadError(f"{source}: clip_qkv must be positive, got {model.qkv_limit}")
     if any(window is not None and window < 1 for window in model.layer_windows):
         raise ModelLoadError(f"{source}: sliding_window must be at least 1, got {model.layer_windows[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncscale.checkpoint.model_config import ModelConfig
+from asyncscale.checkpoint.weight_counts import WeightCounts
 from asyncscale.config import EngineConfig
 
 # More copies of a model than this only pay where memory bandwidth is ample: ask for them by number.
@@ -23,13 +24,5 @@ def auto_num_engines(num_cores: int, config: EngineConfig, model: ModelConfig | 
     itemsize = 4 if config.dtype == "float32" else 2
     length = min(config.max_model_len or model.max_model_len, model.max_model_len)
     longest_request = 2 * itemsize * model.num_layers * model.num_kv_heads * model.head_dim * length
-    room = config.kv_cache_memory_fraction * (available_bytes - itemsize * _num_weights(model))
+    room = config.kv_cache_memory_fraction * (available_bytes - itemsize * WeightCounts.of(model).total)
     return max(1, min(most, int(room / longest_request)))
-
-
-def _num_weights(model: ModelConfig) -> int:
-    """Of all matrices; the rest is little."""
-    attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return model.num_layers * (attention + mlp) + embeddings

@@ -47,7 +47,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     while not os.path.exists(spec.progress_path):  # the owner makes it when there are engines to remove the folder
         time.sleep(0.001)
     _take_over_stdio(spec.stderr_path)
-    faulthandler.enable()  # a crash in native code leaves a traceback there
+    faulthandler.enable(2)  # a crash in native code leaves a traceback there; sys.stderr may be None
     # numpy's BLAS is not used here, but would start its threads when numpy is imported: half of the import's CPU time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

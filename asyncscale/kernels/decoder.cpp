@@ -4,14 +4,32 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "rows.h"
 #include "team.h"
+#include "workspace.h"
 
 namespace kernels {
 namespace {
 
-enum Phase { kNorms, kQkv, kRotary, kAttention, kOutput, kGateUp, kActivation, kDown, kHead, kNumPhases };
+// As library.py names them.
+enum Phase {
+  kNorms,
+  kQkv,
+  kRotary,
+  kAttention,
+  kOutput,
+  kGateUp,
+  kActivation,
+  kDown,
+  kRouter,
+  kDispatch,
+  kExpertsGateUp,
+  kExpertsDown,
+  kCombine,
+  kHead
+};
 
 // Rows whose inputs stay in the second-level cache while panels of weights pass by.
 constexpr int64_t kInputBytes = 384 << 10;
@@ -21,39 +39,6 @@ uint64_t now() {
   const auto time = std::chrono::steady_clock::now().time_since_epoch();
   return uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(time).count());
 }
-
-// The step's buffers. Rows of inputs have room for any format.
-struct Workspace {
-  char* end;
-  float* inputs;
-  float* qkv;
-  float* attended;
-  float* inner;
-  float* rows;  // one for each thread
-  char* scratch;
-  int64_t input_words, row_size, attended_size, scratch_bytes;
-
-  Workspace(const Model& model, char* memory, int64_t num_tokens, int64_t most_tokens, int64_t num_threads) : end(memory) {
-    attended_size = round_up(model.num_heads * model.head_dim, kLanes);
-    const int64_t qkv_size = model.num_layers > 0 ? model.layers[0].qkv.num_outputs : 0;
-    row_size = round_up(std::max({model.hidden_size, attended_size, model.inner_size, qkv_size}), kLanes);
-    input_words = round_up(std::max({model.hidden_size, attended_size, model.inner_size}), kLanes);  // in any format
-    scratch_bytes = AttentionScratch::bytes(most_tokens * (model.num_heads / model.num_kv_heads), model.head_dim);
-    inputs = take(num_tokens * input_words);
-    qkv = take(num_tokens * qkv_size);
-    attended = take(num_tokens * attended_size);
-    inner = take(num_tokens * model.inner_size);
-    rows = take(num_threads * row_size);
-    scratch = reinterpret_cast<char*>(take(num_threads * scratch_bytes / 4));
-  }
-
- private:
-  float* take(int64_t size) {
-    char* begin = end;
-    end += round_up(size * 4, 64);
-    return reinterpret_cast<float*>(begin);
-  }
-};
 
 struct Store {
   float* to;
@@ -148,13 +133,10 @@ class Pass {
       with_products(cache.format, [&](auto products) { attend<decltype(products)>(step, cache, index); });
       linear<false>(layer.output, Add{step.hidden, hidden_stride_});
       end(kOutput);
-      norm(step.hidden, layer.post_attention_norm, layer.gate_up.format);
-      linear<true>(layer.gate_up, Gate{workspace_.inner, model_.inner_size});
-      end(kGateUp);
-      for_rows([&](int64_t row) { inputs_from(workspace_.inner + row * model_.inner_size, row, layer.down); });
-      end(kActivation);
-      linear<false>(layer.down, Add{step.hidden, hidden_stride_});
-      end(kDown);
+      if (layer.experts.num_experts > 0)
+        compute_experts(step, layer);
+      else
+        compute_mlp(step, layer);
     }
   }
 
@@ -194,11 +176,78 @@ class Pass {
  private:
   void prepare_head(const float* hidden, const int64_t* indices) {
     for_rows([&](int64_t row) {
-      rms_norm(hidden + indices[row] * hidden_stride_, model_.norm, model_.hidden_size, float(model_.eps), row_);
-      std::fill(row_ + model_.hidden_size, row_ + hidden_stride_, 0.0f);
+      norm_row(hidden, model_.norm, indices[row], row_);
       inputs_from(row_, row, model_.head);
     });
     end(kNorms);
+  }
+
+  void compute_mlp(const Step& step, const Layer& layer) {
+    const int64_t inner_size = layer.down.num_inputs;
+    norm(step.hidden, layer.post_attention_norm, layer.gate_up.format);
+    linear<true>(layer.gate_up, Gate{workspace_.inner, inner_size});
+    end(kGateUp);
+    for_rows([&](int64_t row) { inputs_from(workspace_.inner + row * inner_size, row, layer.down); });
+    end(kActivation);
+    linear<false>(layer.down, Add{step.hidden, hidden_stride_});
+    end(kDown);
+  }
+
+  void compute_experts(const Step& step, const Layer& layer) {
+    route(step.hidden, layer);
+    dispatch(layer);
+    multiply_by_experts(layer);
+    const Routing& routing = workspace_.routing;
+    const int64_t num_chosen = layer.experts.num_experts_per_token;
+    for_rows([&](int64_t row) {
+      add_experts(workspace_.results, hidden_stride_, routing.rows + row * num_chosen, routing.weights + row * num_chosen,
+                  num_chosen, step.hidden + row * hidden_stride_);
+    });
+    end(kCombine);
+  }
+
+  // Each token's experts and their weights; its inputs for them are then at workspace_.inputs.
+  void route(const float* hidden, const Layer& layer) {
+    const Experts& experts = layer.experts;
+    const Routing& routing = workspace_.routing;
+    for_rows([&](int64_t row) { norm_row(hidden, layer.post_attention_norm, row, workspace_.normed + row * hidden_stride_); });
+    end(kNorms);
+    const int64_t all_rows[] = {0, num_rows_}, num_logits = experts.router.num_outputs;
+    multiply<false>(experts.router, workspace_.normed, 1, all_rows, Store{workspace_.router_logits, num_logits});
+    end(kRouter);
+    for_rows([&](int64_t row) {
+      const int64_t pair = row * experts.num_experts_per_token;
+      choose_experts(workspace_.router_logits + row * num_logits, experts, routing.experts + pair, routing.weights + pair);
+      inputs_from(workspace_.normed + row * hidden_stride_, row, layer.gate_up);
+    });
+    end(kRouter);
+    if (team_.claim() == 0) group_by_expert(routing, num_rows_ * experts.num_experts_per_token, experts.num_experts);
+    end(kRouter);
+  }
+
+  // Copies the tokens' inputs to where their experts want them.
+  void dispatch(const Layer& layer) {
+    const int64_t num_chosen = layer.experts.num_experts_per_token;
+    const int64_t words = words_of(layer.gate_up.num_inputs, layer.gate_up.format);
+    for_rows([&](int64_t row) {
+      for (int64_t pair = row * num_chosen; pair < (row + 1) * num_chosen; pair++)
+        std::copy_n(workspace_.inputs + row * words, words, workspace_.dispatched + workspace_.routing.rows[pair] * words);
+    });
+    end(kDispatch);
+  }
+
+  // From rows of inputs to rows of results, both in the order of experts.
+  void multiply_by_experts(const Layer& layer) {
+    const int64_t num_experts = layer.experts.num_experts, inner_size = layer.down.num_inputs;
+    const int64_t* first_rows = workspace_.routing.first_rows;
+    multiply<true>(layer.gate_up, workspace_.dispatched, num_experts, first_rows, Gate{workspace_.inner, inner_size});
+    end(kExpertsGateUp);
+    const int64_t num_rows = first_rows[num_experts], words = words_of(inner_size, layer.down.format);
+    for (int64_t row = team_.claim(); row < num_rows; row = team_.claim())
+      make_inputs(workspace_.inner + row * inner_size, inner_size, layer.down.format, workspace_.dispatched + row * words);
+    end(kActivation);
+    multiply<false>(layer.down, workspace_.dispatched, num_experts, first_rows, Store{workspace_.results, hidden_stride_});
+    end(kExpertsDown);
   }
 
   template <class P>
@@ -224,12 +273,10 @@ class Pass {
 
   template <class P>
   void rotate_and_write(const Step& step, const KVCache<P>& cache, int64_t index, int64_t row, float* heads) {
-    const Layer& layer = model_.layers[index];
     const int64_t dim = model_.head_dim, half = dim / 2, num_rotated = model_.num_heads + model_.num_kv_heads;
-    for (int64_t head = 0; head < num_rotated; head++) {
-      if (layer.qk_norm) rms_norm(heads + head * dim, layer.qk_norm + head * dim, dim, float(model_.eps), heads + head * dim);
+    norm_heads(model_.layers[index].qk_norm, heads);
+    for (int64_t head = 0; head < num_rotated; head++)
       rotate(heads + head * dim, step.cos + row * half, step.sin + row * half, dim);
-    }
     const int64_t block = block_of(step, cache.shape(), row), slot = step.positions[row] % cache.shape().block_size;
     for (int64_t head = 0; head < model_.num_kv_heads; head++) {
       const float* key = heads + (model_.num_heads + head) * dim;
@@ -237,10 +284,30 @@ class Pass {
     }
   }
 
+  // What is done to a token's queries, keys and values before they are rotated.
+  void norm_heads(const float* weights, float* heads) {
+    const int64_t dim = model_.head_dim, num_normed = model_.num_heads + model_.num_kv_heads;
+    const float eps = float(model_.eps);
+    if (weights && model_.qk_norm_spans_heads) {
+      const int64_t queries = model_.num_heads * dim;
+      rms_norm(heads, weights, queries, eps, heads);
+      rms_norm(heads + queries, weights + queries, model_.num_kv_heads * dim, eps, heads + queries);
+    } else if (weights) {
+      for (int64_t i = 0; i < num_normed * dim; i += dim) rms_norm(heads + i, weights + i, dim, eps, heads + i);
+    }
+    const float limit = float(model_.qkv_limit);
+    if (std::isfinite(limit))
+      for (int64_t i = 0; i < (num_normed + model_.num_kv_heads) * dim; i++) heads[i] = std::clamp(heads[i], -limit, limit);
+  }
+
+  void norm_row(const float* hidden, const float* weight, int64_t row, float* out) {
+    rms_norm(hidden + row * hidden_stride_, weight, model_.hidden_size, float(model_.eps), out);
+    std::fill(out + model_.hidden_size, out + hidden_stride_, 0.0f);
+  }
+
   void norm(const float* hidden, const float* weight, int64_t format) {
     for_rows([&](int64_t row) {
-      rms_norm(hidden + row * hidden_stride_, weight, model_.hidden_size, float(model_.eps), row_);
-      std::fill(row_ + model_.hidden_size, row_ + hidden_stride_, 0.0f);
+      norm_row(hidden, weight, row, row_);
       make_inputs(row_, model_.hidden_size, format, workspace_.inputs + row * words_of(model_.hidden_size, format));
     });
     end(kNorms);
@@ -250,25 +317,42 @@ class Pass {
     make_inputs(values, linear.num_inputs, linear.format, workspace_.inputs + row * words_of(linear.num_inputs, linear.format));
   }
 
+  // Of all tokens' inputs.
   template <bool kGated, class Sink>
   void linear(const Linear& linear, const Sink& sink) {
+    const int64_t all_rows[] = {0, num_rows_};
+    multiply<kGated>(linear, workspace_.inputs, 1, all_rows, sink);
+  }
+
+  // Rows first_rows[i] to first_rows[i + 1] of `inputs` by matrix i of those that begin with `linear`.
+  template <bool kGated, class Sink>
+  void multiply(const Linear& linear, const float* inputs, int64_t num_matrices, const int64_t* first_rows, const Sink& sink) {
     if (linear.format == kInt8)
-      linear_of<Int8Products, kGated>(linear, sink);
+      multiply_in<Int8Products, kGated>(linear, inputs, num_matrices, first_rows, sink);
     else
-      with_products(linear.format, [&](auto products) { linear_of<decltype(products), kGated>(linear, sink); });
+      with_products(linear.format, [&](auto products) {
+        multiply_in<decltype(products), kGated>(linear, inputs, num_matrices, first_rows, sink);
+      });
   }
 
   template <class P, bool kGated, class Sink>
-  void linear_of(const Linear& linear, const Sink& sink) {
-    const int64_t input_words = words_of(linear.num_inputs, linear.format);
-    const PackedLinear<P> product(linear, workspace_.inputs, input_words);
-    const int64_t num_panels = (linear.num_outputs + kPanel - 1) / kPanel;
+  void multiply_in(const Linear& first, const float* inputs, int64_t num_matrices, const int64_t* first_rows,
+                   const Sink& sink) {
+    const int64_t input_words = words_of(first.num_inputs, first.format);
+    const int64_t num_panels = (first.num_outputs + kPanel - 1) / kPanel;
     const int64_t most = std::clamp<int64_t>(kInputBytes / (input_words * 4) / kRows, 4, kMostRows / kRows) * kRows;
-    const int64_t num_parts = (num_rows_ + most - 1) / most;
-    for (int64_t piece = team_.claim(); piece < num_parts * num_panels; piece = team_.claim()) {
-      const int64_t part = piece / num_panels;
-      product.template run_panel<kGated>(piece % num_panels, num_rows_ * part / num_parts,
-                                         num_rows_ * (part + 1) / num_parts, sink);
+    int64_t first_piece = 0, piece = team_.claim();
+    for (int64_t matrix = 0; matrix < num_matrices; matrix++) {
+      const int64_t begin = first_rows[matrix], num_rows = first_rows[matrix + 1] - begin;
+      const int64_t num_parts = (num_rows + most - 1) / most, end_piece = first_piece + num_parts * num_panels;
+      const Linear linear = matrix_at<P>(first, matrix);
+      const PackedLinear<P> product(linear, inputs, input_words);
+      for (; piece < end_piece; piece = team_.claim()) {
+        const int64_t part = (piece - first_piece) / num_panels, panel = (piece - first_piece) % num_panels;
+        product.template run_panel<kGated>(panel, begin + num_rows * part / num_parts,
+                                           begin + num_rows * (part + 1) / num_parts, sink);
+      }
+      first_piece = end_piece;
     }
   }
 

@@ -33,6 +33,17 @@ class Linear(ctypes.Structure):
     )
 
 
+class Experts(ctypes.Structure):
+    """kernels::Experts of model.h."""
+
+    _fields_ = (
+        ("router", Linear),
+        ("num_experts", c_int64),
+        ("num_experts_per_token", c_int64),
+        ("normalizes", c_int64),
+    )
+
+
 class Layer(ctypes.Structure):
     """kernels::Layer of model.h."""
 
@@ -41,6 +52,7 @@ class Layer(ctypes.Structure):
         ("output", Linear),
         ("gate_up", Linear),
         ("down", Linear),
+        ("experts", Experts),
         ("input_norm", c_void_p),
         ("post_attention_norm", c_void_p),
         ("qk_norm", c_void_p),
@@ -58,12 +70,13 @@ class Model(ctypes.Structure):
         ("num_heads", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
-        ("inner_size", c_int64),
         ("embedding", c_void_p),
         ("embedding_format", c_int64),
         ("norm", c_void_p),
         ("head", Linear),
         ("eps", c_double),
+        ("qkv_limit", c_double),
+        ("qk_norm_spans_heads", c_int64),
     )
 
 
@@ -102,8 +115,25 @@ class Step(ctypes.Structure):
     )
 
 
+_STRUCTURES = (Layer, Model, Cache, Step)  # as structures.cpp has them
+
 # What a step's time goes to, as Step.durations counts it.
-PHASES = ("norms", "qkv", "rotary", "attention", "output", "gate_up", "activation", "down", "head")
+PHASES = (
+    "norms",
+    "qkv",
+    "rotary",
+    "attention",
+    "output",
+    "gate_up",
+    "activation",
+    "down",
+    "router",
+    "dispatch",
+    "experts_gate_up",
+    "experts_down",
+    "combine",
+    "head",
+)
 
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "team_new": (c_void_p, (c_int64,)),
@@ -142,9 +172,20 @@ def load_library(isa: str | None = None) -> Library | None:
     """The library for `isa`, or the best that this CPU has; None when it was not built or cannot run here."""
     for name in INSTRUCTION_SETS if isa is None else (isa,):
         cdll = _load(name)
-        if cdll is not None and cdll.asyncscale_supported():
+        if cdll is not None and cdll.asyncscale_supported() and _is_current(cdll):
             return Library(name, cdll)
     return None
+
+
+def _is_current(cdll: ctypes.CDLL) -> bool:
+    """Whether its structures are as large as those here: a library that was built from older sources would crash."""
+    sizes = (c_int64 * len(_STRUCTURES))()
+    if hasattr(cdll, "asyncscale_structure_sizes"):
+        cdll.asyncscale_structure_sizes(sizes)
+    if list(sizes) == [ctypes.sizeof(structure) for structure in _STRUCTURES]:
+        return True
+    _log.warning("%s was built from other sources: build it again (python setup.py build_ext --inplace)", cdll._name)
+    return False
 
 
 def _load(isa: str) -> ctypes.CDLL | None:

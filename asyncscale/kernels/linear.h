@@ -11,6 +11,16 @@ namespace kernels {
 
 constexpr int64_t kFetchDistance = 2048;  // bytes
 
+// Matrix `index` of those that follow each other in memory, `first` being the first one. Only that may have a bias.
+template <class P>
+inline Linear matrix_at(const Linear& first, int64_t index) {
+  Linear linear = first;
+  const int64_t size = first.num_outputs * round_up(first.num_inputs, P::kElements);
+  linear.weights = static_cast<const typename P::Weight*>(first.weights) + index * size;
+  if (first.scales) linear.scales = first.scales + index * first.num_outputs;
+  return linear;
+}
+
 // A layer's product with rows of inputs, for one element type. A sink takes the outputs:
 // sink.put(row, column, W outputs). gated: see packing.py; a sink is then given two: put(row, column, gate, up).
 template <class P>

@@ -22,8 +22,18 @@ struct Linear {
   int64_t format;
 };
 
+// How a layer's tokens are given to its experts.
+struct Experts {
+  Linear router;        // in float32
+  int64_t num_experts;  // 0: the layer has a plain MLP
+  int64_t num_experts_per_token;
+  int64_t normalizes;  // whether the weights of a token's experts are divided by their sum
+};
+
 struct Layer {
-  Linear qkv, output, gate_up, down;
+  Linear qkv, output;
+  Linear gate_up, down;  // of the MLP; or of the first expert, whose weights those of the others follow
+  Experts experts;
   const float* input_norm;
   const float* post_attention_norm;
   const float* qk_norm;  // [num_heads + num_kv_heads, head_dim], or null
@@ -37,12 +47,13 @@ struct Model {
   int64_t num_heads;
   int64_t num_kv_heads;
   int64_t head_dim;
-  int64_t inner_size;  // padded
   const void* embedding;
   int64_t embedding_format;
   const float* norm;
   Linear head;
   double eps;
+  double qkv_limit;             // magnitude beyond which queries, keys and values are cut off; may be infinite
+  int64_t qk_norm_spans_heads;  // whether all query heads are normalized together, and all key heads; else each
 };
 
 // Keys and values: see kv_cache.h.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from asyncscale.checkpoint.experts_config import ExpertsConfig
 from asyncscale.checkpoint.model_config import ModelConfig
+from asyncscale.checkpoint.weight_counts import WeightCounts
 from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch
 from asyncscale.errors import ModelLoadError
@@ -28,7 +31,8 @@ Float32 = npt.NDArray[np.float32]
 # Rows (tokens times the query heads that share a key head) attended to together: they share the reading of keys and
 # values, and their sums stay in the second-level cache.
 _ROWS_TOGETHER = 96
-# A step of SmolLM2 takes 6.5 ms and 0.8 for each token in bfloat16, 3.5 and 0.5 in int8 (one AVX-512 core).
+# A step of SmolLM2 takes 6.5 ms and 0.8 for each token in bfloat16, 3.5 and 0.5 in int8 (one AVX-512 core). Where there
+# are experts, a token's have to be read, too.
 _TOKEN_COST = 0.14
 _UNLIMITED = 1 << 40  # a window beyond every context
 _LANES = 16  # rows of float32 are padded to multiples of it
@@ -54,7 +58,8 @@ class NativeDecoder:
         self._library = library
         weight_format, cache_format = formats(spec.config, library)
         self.dtype: str = weight_format
-        self.token_cost = _TOKEN_COST
+        counts = WeightCounts.of(model)
+        self.token_cost = _TOKEN_COST + counts.per_token / counts.every_step
         weights = packed_weights(files, model, weight_format, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
         self._model = _Model(model, weights.tensors, weight_format)
@@ -72,7 +77,7 @@ class NativeDecoder:
         self._team = library.cdll.asyncscale_team_new(num_threads(spec))
         self.num_threads: int = library.cdll.asyncscale_team_size(self._team)
         self._most_tokens = max(_ROWS_TOGETHER * model.num_kv_heads // model.num_heads, 1)
-        self._hidden_size = -(-model.hidden_size // _LANES) * _LANES
+        self._hidden_size = _padded(model.hidden_size)
         self._vocab_size = model.vocab_size
         self.durations: npt.NDArray[np.uint64] = np.zeros(len(native.PHASES), np.uint64)
         self._step = native.Step(most_tokens=self._most_tokens, durations=self.durations.ctypes.data)
@@ -158,7 +163,6 @@ class _Model(native.Model):
 
     def __init__(self, config: ModelConfig, tensors: dict[str, npt.NDArray[Any]], weight_format: Format) -> None:
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-        inner = -(-config.intermediate_size // _LANES) * _LANES
         num_qkv = heads + 2 * config.num_kv_heads * config.head_dim
 
         def address(name: str) -> int | None:
@@ -169,19 +173,31 @@ class _Model(native.Model):
                 weights=address(f"{name}.weight"),
                 scales=address(f"{name}.scales"),
                 bias=address(f"{name}.bias"),
-                num_outputs=-(-num_outputs // _LANES) * _LANES,
+                num_outputs=_padded(num_outputs),
                 num_inputs=num_inputs,
                 format=FORMATS[format],
+            )
+
+        def how_to_route(name: str, experts: ExpertsConfig) -> native.Experts:
+            return native.Experts(
+                router=linear(f"{name}.router", experts.num_experts, hidden, "float32"),
+                num_experts=experts.num_experts,
+                num_experts_per_token=experts.num_experts_per_token,
+                normalizes=experts.normalizes,
             )
 
         layers = (native.Layer * config.num_layers)()
         for i, window in enumerate(config.layer_windows):
             name = f"layers.{i}"
+            experts = config.experts_of(i)
+            mlp = f"{name}.experts" if experts else name
+            inner = _padded(experts.intermediate_size if experts else config.intermediate_size)
             layers[i] = native.Layer(
                 qkv=linear(f"{name}.qkv", num_qkv, hidden),
                 output=linear(f"{name}.o", hidden, heads),
-                gate_up=linear(f"{name}.gate_up", 2 * inner, hidden),
-                down=linear(f"{name}.down", hidden, inner),
+                gate_up=linear(f"{mlp}.gate_up", 2 * inner, hidden),
+                down=linear(f"{mlp}.down", hidden, inner),
+                experts=how_to_route(name, experts) if experts else native.Experts(),
                 input_norm=address(f"{name}.input_norm"),
                 post_attention_norm=address(f"{name}.post_attention_norm"),
                 qk_norm=address(f"{name}.qk_norm"),
@@ -194,14 +210,20 @@ class _Model(native.Model):
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            inner_size=inner,
             embedding=address("embedding"),
             embedding_format=FORMATS["bfloat16" if weight_format == "int8" else weight_format],
             norm=address("norm"),
             head=linear("head", config.vocab_size, hidden, head_format(weight_format)),
             eps=config.rms_norm_eps,
+            qkv_limit=math.inf if config.qkv_limit is None else config.qkv_limit,
+            qk_norm_spans_heads=config.qk_norm_spans_heads,
         )
         self._tensors = tensors
+
+
+def _padded(size: int) -> int:
+    """Of a row of float32."""
+    return -(-size // _LANES) * _LANES
 
 
 def formats(config: EngineConfig, library: Library) -> tuple[Format, Format]:

@@ -11,13 +11,15 @@
 Linear layers are `layers.{i}.qkv` (queries, keys, values below one another), `.o`, `.gate_up` (in each panel first the
 gates, then the same outputs' ups) and `.down`, and `head`. Each is a `.weight` (see panels.py), a `.bias` where the
 model has one, and in int8 `.scales`: of each output, in the order of the packed outputs, zero in padding.
-`.down` has as many inputs as `.gate_up` has pairs, padding included. The others are `layers.{i}.input_norm`,
-`.post_attention_norm` and `.qk_norm` (a row for each query head, then for each key head), `norm`, and `embedding`.
+`.down` has as many inputs as `.gate_up` has pairs, padding included. A layer with experts has `.experts.gate_up` and
+`.experts.down` instead, whose arrays have a first dimension of experts, and `.router`, float32 in every format.
+The others are `layers.{i}.input_norm`, `.post_attention_norm` and `.qk_norm` (a row for each query head, then for each
+key head), `norm`, and `embedding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,12 +63,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """What the parts of a packed linear layer have in common. num_inputs: padded for its element type."""
+    """What the parts of a packed linear layer have in common. num_inputs: padded for its element type.
+
+    num_experts: that have such a layer each; None where it is the only one.
+    """
 
     element: ElementType
     num_outputs: int
     num_inputs: int
     bias: bool = False
+    num_experts: int | None = None
 
 
 def head_format(weight_format: WeightFormat) -> WeightFormat:
@@ -100,7 +106,7 @@ class Packer:
         self._format = weight_format
         self._tensors = tensors
         self._linears = {
-            name: PackedLinear(tensors, name, linear.element, linear.num_inputs)
+            name: [PackedLinear(arrays, linear.element, linear.num_inputs) for arrays in _arrays(tensors, name, linear)]
             for name, linear in _linears(config, weight_format).items()
         }
         self._places = _places(config)
@@ -117,7 +123,7 @@ class Packer:
         if module == "model.embed_tokens":
             self._write_embedding(values)
         elif module == "lm_head":
-            self._linears["head"].write(values, Columns())
+            self._linears["head"][0].write(values, Columns())
         elif module == "model.norm":
             self._tensors["norm"][:] = values
         else:
@@ -134,12 +140,16 @@ class Packer:
         if norm := _NORMS.get(part):
             self._tensors[f"{layer}.{norm}"][:] = values
         elif part == "self_attn.q_norm":
-            self._tensors[f"{layer}.qk_norm"][: self._config.num_heads] = values
+            self._tensors[f"{layer}.qk_norm"][: self._config.num_heads] = values.reshape(-1, self._config.head_dim)
         elif part == "self_attn.k_norm":
-            self._tensors[f"{layer}.qk_norm"][self._config.num_heads :] = values
+            self._tensors[f"{layer}.qk_norm"][self._config.num_heads :] = values.reshape(-1, self._config.head_dim)
+        elif part.startswith("mlp.experts."):
+            expert, name = part.removeprefix("mlp.experts.").split(".")
+            linear, columns = self._places[f"mlp.{name}"]
+            self._linears[f"{layer}.experts.{linear}"][int(expert)].write(values, columns)
         else:
             linear, columns = self._places[part]
-            packed = self._linears[f"{layer}.{linear}"]
+            [packed] = self._linears[f"{layer}.{linear}"]
             (packed.write_bias if kind == "bias" else packed.write)(values, columns)
 
 
@@ -155,6 +165,7 @@ def _places(config: ModelConfig) -> dict[str, tuple[str, Columns]]:
         "self_attn.k_proj": ("qkv", Columns(queries)),
         "self_attn.v_proj": ("qkv", Columns(queries + keys)),
         "self_attn.o_proj": ("o", Columns()),
+        "mlp.gate": ("router", Columns()),
         "mlp.gate_proj": ("gate_up", Columns(half=0)),
         "mlp.up_proj": ("gate_up", Columns(half=1)),
         "mlp.down_proj": ("down", Columns()),
@@ -162,25 +173,51 @@ def _places(config: ModelConfig) -> dict[str, tuple[str, Columns]]:
 
 
 def _linears(config: ModelConfig, weight_format: WeightFormat) -> dict[str, _Linear]:
-    element = ELEMENT_TYPES[weight_format]
     head = ELEMENT_TYPES[head_format(weight_format)]
-    hidden, inner = config.hidden_size, round_up(config.intermediate_size, OUTPUT_MULTIPLE)
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = {
-        "qkv": _Linear(element, queries + 2 * keys, round_up(hidden, element.group), config.qkv_bias),
-        "o": _Linear(element, hidden, round_up(queries, element.group), config.o_bias),
-        "gate_up": _Linear(element, 2 * inner, round_up(hidden, element.group), config.mlp_bias),
-        "down": _Linear(element, hidden, inner, config.mlp_bias),
+    linears = {
+        f"layers.{index}.{name}": linear
+        for index in range(config.num_layers)
+        for name, linear in _layer_linears(config, index, ELEMENT_TYPES[weight_format]).items()
     }
-    linears = {f"layers.{i}.{name}": linear for i in range(config.num_layers) for name, linear in layer.items()}
-    linears["head"] = _Linear(head, config.vocab_size, round_up(hidden, head.group))
+    linears["head"] = _Linear(head, config.vocab_size, round_up(config.hidden_size, head.group))
     return linears
+
+
+def _layer_linears(config: ModelConfig, index: int, element: ElementType) -> dict[str, _Linear]:
+    hidden, inputs = config.hidden_size, round_up(config.hidden_size, element.group)
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "qkv": _Linear(element, queries + 2 * keys, inputs, config.qkv_bias),
+        "o": _Linear(element, hidden, round_up(queries, element.group), config.o_bias),
+    }
+    experts = config.experts_of(index)
+    if experts is None:
+        inner = round_up(config.intermediate_size, OUTPUT_MULTIPLE)
+        return linears | {
+            "gate_up": _Linear(element, 2 * inner, inputs, config.mlp_bias),
+            "down": _Linear(element, hidden, inner, config.mlp_bias),
+        }
+    inner = round_up(experts.intermediate_size, OUTPUT_MULTIPLE)
+    return linears | {
+        "router": _Linear(ELEMENT_TYPES["float32"], experts.num_experts, hidden),
+        "experts.gate_up": _Linear(element, 2 * inner, inputs, num_experts=experts.num_experts),
+        "experts.down": _Linear(element, hidden, inner, num_experts=experts.num_experts),
+    }
 
 
 def _linear_specs(linear: _Linear) -> Iterator[tuple[str, TensorSpec]]:
     num_outputs = round_up(linear.num_outputs, OUTPUT_MULTIPLE)
-    yield "weight", TensorSpec(linear.element.dtype, (num_outputs * linear.num_inputs,))
+    experts = () if linear.num_experts is None else (linear.num_experts,)
+    yield "weight", TensorSpec(linear.element.dtype, (*experts, num_outputs * linear.num_inputs))
     if linear.bias:
-        yield "bias", TensorSpec("float32", (num_outputs,))
+        yield "bias", TensorSpec("float32", (*experts, num_outputs))
     if linear.element.name == "int8":
-        yield "scales", TensorSpec("float32", (num_outputs,))
+        yield "scales", TensorSpec("float32", (*experts, num_outputs))
+
+
+def _arrays(tensors: Mapping[str, npt.NDArray[Any]], name: str, linear: _Linear) -> list[dict[str, npt.NDArray[Any]]]:
+    """Those of the layer, or of each of its experts."""
+    arrays = {part: tensors[f"{name}.{part}"] for part, _ in _linear_specs(linear)}
+    if linear.num_experts is None:
+        return [arrays]
+    return [{part: array[expert] for part, array in arrays.items()} for expert in range(linear.num_experts)]

@@ -8,7 +8,7 @@ narrower; inputs to a multiple of the group. Padding is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,19 +92,19 @@ class PackedLinear:
 
     ::
 
-        linear = PackedLinear(tensors, "layers.0.qkv", element, num_inputs)
+        linear = PackedLinear({"weight": weight, "bias": bias}, element, num_inputs)
         linear.write(queries, Columns(0))
         linear.write(keys, Columns(len(queries)))
+
+    arrays: "weight", flat, and of each output "bias" where there is one, "scales" where the type needs them.
     """
 
-    def __init__(
-        self, tensors: dict[str, npt.NDArray[Any]], name: str, element: ElementType, padded_inputs: int
-    ) -> None:
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], element: ElementType, padded_inputs: int) -> None:
         self._element = element
         self._padded_inputs = padded_inputs
-        self._weight = tensors[f"{name}.weight"]
-        self._bias = tensors.get(f"{name}.bias")
-        self._scales = tensors.get(f"{name}.scales")
+        self._weight = arrays["weight"]
+        self._bias = arrays.get("bias")
+        self._scales = arrays.get("scales")
         self._padded_outputs = len(self._weight) // padded_inputs
 
     def write(self, rows: Float32, columns: Columns) -> None:

@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.errors import ModelLoadError
+from asyncscale.model.expert_tensors import common_name, expert_tensors
 
 _STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 # Tensors that some checkpoints hold besides the weights, and that are derived from the configuration.
@@ -35,6 +36,10 @@ class _Stored:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def element_bytes(self) -> int:
+        return _STORED[self.dtype].itemsize if self.dtype in _STORED else 0  # of others nothing is read
+
     def read(self) -> npt.NDArray[np.float32]:
         count = int(np.prod(self.shape))
         values = np.frombuffer(self.buffer, _STORED[self.dtype], count, self.offset).reshape(self.shape)
@@ -50,11 +55,12 @@ def read_safetensors(
     """Every tensor of `shapes`. Raises ModelLoadError, naming file and tensor, before the first one."""
     found: dict[str, _Stored] = {}
     for path in _files(folder):
-        for name, stored in _stored(path):
-            if name in shapes:
-                found[name] = _checked(stored, name, shapes[name])
-            elif not _is_ignorable(name, config):
-                raise ModelLoadError(f"{path}: tensor {name!r} is not part of a {config.architecture}")
+        for stored_name, whole in _stored(path):
+            for name, stored in _parts(common_name(stored_name), whole):
+                if name in shapes:
+                    found[name] = _checked(stored, stored_name, shapes[name])
+                elif not _is_ignorable(name, config):
+                    raise ModelLoadError(f"{path}: tensor {stored_name!r} is not part of a {config.architecture}")
     missing = shapes.keys() - found.keys()
     if missing:
         raise ModelLoadError(f"{folder}: {len(missing)} tensors are missing, among them {min(missing)!r}")
@@ -93,6 +99,16 @@ def _stored(path: str) -> Iterator[tuple[str, _Stored]]:
     for name, entry in json.loads(buffer[8:data]).items():
         if name != "__metadata__":
             yield name, _Stored(path, buffer, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
+
+
+def _parts(name: str, stored: _Stored) -> Iterator[tuple[str, _Stored]]:
+    """The tensor itself, or each expert's part of one that holds those of all experts."""
+    tensors = expert_tensors(name, stored.shape)
+    if not tensors:
+        yield name, stored
+    for tensor in tensors:
+        offset = stored.offset + tensor.first_element * stored.element_bytes
+        yield tensor.name, replace(stored, shape=tensor.shape, offset=offset)
 
 
 def _checked(stored: _Stored, name: str, shape: tuple[int, ...]) -> _Stored:

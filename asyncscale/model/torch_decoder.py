@@ -1,6 +1,7 @@
 """The decoder in torch, for GPUs and for installations without the native library.
 
-It is the decoder-only transformer that Llama, Mistral, Qwen2 and Qwen3 are cases of. Inference only.
+It is the decoder-only transformer that Llama, Mistral, Qwen2 and Qwen3, and with experts Mixtral, Qwen3-MoE and OLMoE,
+are cases of. Inference only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens, first_highest
 from asyncscale.model.threads import num_threads
 from asyncscale.model.torch_attention import TorchAttention, TorchPlan
+from asyncscale.model.torch_experts import MLP, ExpertLayer, Experts, Router
 from asyncscale.model.torch_kv_cache import KVCache, bytes_per_block
 from asyncscale.model.torch_linear import Linear
 from asyncscale.model.torch_weights import load_weights
@@ -130,27 +132,40 @@ class _Layer:
         self.post_attention_norm = tensors.pop(f"{prefix}post_attention_layernorm.weight").float()
         self._qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.output = linear("self_attn.o_proj")
-        self._gate_up = linear("mlp.gate_proj", "mlp.up_proj")
-        self._down = linear("mlp.down_proj")
-        self._qk_norm: Tensor | None = None
+
+        def mlp(name: str) -> MLP:
+            return MLP(linear(f"{name}.gate_proj", f"{name}.up_proj"), linear(f"{name}.down_proj"))
+
+        self.mlp: MLP | ExpertLayer
+        if (experts := config.experts_of(index)) is not None:
+            router = Router(experts, tensors.pop(f"{prefix}mlp.gate.weight"))
+            self.mlp = ExpertLayer(router, Experts([mlp(f"mlp.experts.{i}") for i in range(experts.num_experts)]))
+        else:
+            self.mlp = mlp("mlp")
+        self._norms: tuple[Tensor, Tensor] | None = None
         if config.qk_norm:
-            query_norm = tensors.pop(f"{prefix}self_attn.q_norm.weight").expand(config.num_heads, -1)
-            key_norm = tensors.pop(f"{prefix}self_attn.k_norm.weight").expand(config.num_kv_heads, -1)
-            self._qk_norm = torch.cat((query_norm, key_norm))
+            self._norms = (
+                tensors.pop(f"{prefix}self_attn.q_norm.weight"),
+                tensors.pop(f"{prefix}self_attn.k_norm.weight"),
+            )
+        self._limit = config.qkv_limit
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values, each [tokens, heads, head_dim]; queries and keys are rotated."""
         heads = self._qkv(x).view(len(x), -1, self._head_dim)
         num_rotated = self._num_heads + self._num_kv_heads
-        rotated = heads[:, :num_rotated]
-        if self._qk_norm is not None:
-            rotated = F.rms_norm(rotated, (self._head_dim,), None, eps) * self._qk_norm
+        rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
+        if self._norms is not None:
+            parts = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
+            rotated = torch.cat([self._norm(part, norm, eps) for part, norm in zip(parts, self._norms, strict=True)], 1)
+        if self._limit is not None:
+            rotated, values = (part.clamp(-self._limit, self._limit) for part in (rotated, values))
         rotated = rotate(rotated, cos, sin)
-        return rotated[:, : self._num_heads], rotated[:, self._num_heads :], heads[:, num_rotated:]
+        return rotated[:, : self._num_heads], rotated[:, self._num_heads :], values
 
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, -1)
-        return self._down((F.silu(gate.float()) * up).to(x.dtype))
+    def _norm(self, heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Over as many neighbouring elements of a token as there are weights: a head, or all."""
+        return F.rms_norm(heads.reshape(len(heads), -1, len(weight)), weight.shape, weight, eps).view(heads.shape)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

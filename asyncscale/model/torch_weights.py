@@ -11,6 +11,8 @@ from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
 from asyncscale.model.weights import Float32, Progress, read_rope_factors, read_weights
 
+_FLOAT32 = ("lm_head.weight", ".mlp.gate.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -29,10 +31,10 @@ def load_weights(
 ) -> Weights:
     """All tensors of `files`, in `dtype` on `device`; arguments and errors are read_weights'.
 
-    `lm_head.weight` is float32: bfloat16 logits are too coarse to rank (from 16 on 0.125 apart).
+    `lm_head.weight` and the routers are float32: bfloat16 logits are too coarse to rank (from 16 on 0.125 apart).
     """
     tensors: dict[str, Tensor] = {}
     for name, array in read_weights(files, config, progress):
         tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-        tensors[name] = tensor.to(device, torch.float32 if name == "lm_head.weight" else dtype)
+        tensors[name] = tensor.to(device, torch.float32 if name.endswith(_FLOAT32) else dtype)
     return Weights(tensors, read_rope_factors(files, config))

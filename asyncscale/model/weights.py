@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from asyncscale.checkpoint.experts_config import ExpertsConfig
 from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
@@ -57,27 +58,41 @@ def weight_shapes(config: ModelConfig) -> Shapes:
     if not config.tie_word_embeddings:
         shapes[_HEAD] = (config.vocab_size, config.hidden_size)
     for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config).items()}
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config, index).items()}
     return shapes
 
 
-def _layer_shapes(config: ModelConfig) -> Shapes:
-    hidden, inner = config.hidden_size, config.intermediate_size
+def _layer_shapes(config: ModelConfig, index: int) -> Shapes:
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
-        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, queries, config.o_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
-    }
     shapes: Shapes = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    for name, (rows, columns, bias) in linears.items():
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
+    shapes |= _linear_shapes("self_attn.q_proj", queries, hidden, config.qkv_bias)
+    shapes |= _linear_shapes("self_attn.k_proj", keys, hidden, config.qkv_bias)
+    shapes |= _linear_shapes("self_attn.v_proj", keys, hidden, config.qkv_bias)
+    shapes |= _linear_shapes("self_attn.o_proj", hidden, queries, config.o_bias)
+    if (experts := config.experts_of(index)) is not None:
+        shapes |= _experts_shapes(experts, hidden)
+    else:
+        shapes |= _mlp_shapes("mlp", hidden, config.intermediate_size, config.mlp_bias)
     if config.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
+        sizes = (queries, keys) if config.qk_norm_spans_heads else (config.head_dim, config.head_dim)
+        shapes |= {"self_attn.q_norm.weight": sizes[:1], "self_attn.k_norm.weight": sizes[1:]}
+    return shapes
+
+
+def _linear_shapes(name: str, rows: int, columns: int, bias: bool) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (rows, columns)}
+    return shapes | {f"{name}.bias": (rows,)} if bias else shapes
+
+
+def _mlp_shapes(name: str, hidden: int, inner: int, bias: bool) -> Shapes:
+    shapes = _linear_shapes(f"{name}.gate_proj", inner, hidden, bias)
+    shapes |= _linear_shapes(f"{name}.up_proj", inner, hidden, bias)
+    return shapes | _linear_shapes(f"{name}.down_proj", hidden, inner, bias)
+
+
+def _experts_shapes(experts: ExpertsConfig, hidden: int) -> Shapes:
+    shapes = _linear_shapes("mlp.gate", experts.num_experts, hidden, bias=False)
+    for expert in range(experts.num_experts):
+        shapes |= _mlp_shapes(f"mlp.experts.{expert}", hidden, experts.intermediate_size, bias=False)
     return shapes

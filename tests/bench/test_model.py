@@ -54,6 +54,22 @@ def test_a_step_that_samples_nothing_reads_no_head(tiny_files: CheckpointFiles) 
     assert (work["head"].operations, work["head"].num_bytes) == (0, 0)
 
 
+def test_experts_are_read_by_as_many_tokens_as_choose_them() -> None:
+    config = {"architectures": ["OlmoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 300}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = ModelConfig.parse(config | sizes | {"max_position_embeddings": 512}, "test")
+    work = StepWork(model, "bfloat16", "bfloat16")
+    works = work.of(np.array([9]), np.array([1]), 1)
+    assert works["router"] == Work(2 * 2 * 64 * 8, 4 * 2 * 64 * 16, "float32")  # 8 outputs are padded to 16
+    assert works["experts_gate_up"] == Work(2 * 2 * 2 * 64 * 192, 2 * 2 * 2 * 64 * 192, "bfloat16")
+    assert works["experts_down"] == Work(2 * 2 * 2 * 64 * 96, 2 * 2 * 2 * 64 * 96, "bfloat16")
+    assert work.weight_bytes == sum(works[name].num_bytes for name in works if name != "attention")
+    assert "gate_up" not in works
+    two = work.of(np.array([9]), np.array([2]), 1)["experts_down"]
+    assert two.operations == 2 * works["experts_down"].operations
+    assert two.num_bytes == 2 * 2 * 8 * 64 * 96 * (1 - 0.75**2)
+
+
 def test_a_window_bounds_what_attention_sees(tiny_files: CheckpointFiles) -> None:
     model = ModelConfig.load(tiny_files)
     windowed = replace_windows(model, (4, None))
@@ -137,6 +153,16 @@ def test_a_part_is_shown_beside_its_limits() -> None:
     assert "| norms | 6.000 | 75 % |  |  |  |  |  |" in lines
     assert lines[-1].startswith("| all | 8.000 | 100 % |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_parts_of_experts_are_shown_where_there_are_any() -> None:
+    seconds = dict.fromkeys(PARTS, 0.001)
+    plain = Measured(Workload("decode", 1, 9, 1, Sampling(9)), 1, 9.0, seconds, {"qkv": Work(1, 1, "float32")})
+    assert "experts" not in table(plain, LIMITS)
+    works = {"router": Work(1e6, 1e6, "float32"), "experts_down": Work(1e6, 0.5e6, "float32")}
+    lines = table(Measured(plain.workload, 1, 9.0, seconds, works), LIMITS).splitlines()
+    assert sum(line.startswith("| experts: ") for line in lines) == 5
+    assert any(line.startswith("| experts: down | 1.000 |") and line.endswith("| 100 % |") for line in lines)
 
 
 def test_the_command_prints_a_table_for_each_workload(

@@ -142,7 +142,7 @@ def test_the_context_takes_rope_scaling_into_account(scaling: dict[str, Any] | N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported; supported are LlamaFor"),
+        ({"architectures": ["Phi3ForCausalLM"]}, "'Phi3ForCausalLM' is not supported; supported are LlamaFor"),
         ({"architectures": None}, "architecture None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized weights .* are not supported; supported are"),
@@ -246,6 +246,7 @@ def test_gguf_scaling_and_window_are_read(tmp_path: Path) -> None:
     [
         ("gemma", {}, "GGUF architecture 'gemma' is not supported; supported are llama, qwen2, qwen3"),
         ("llama", {"expert_count": 8}, "'llama' with experts is not supported"),
+        ("qwen3moe", {"expert_count": 8}, "GGUF architecture 'qwen3moe' is not supported"),
         ("llama", {"context_length": None}, "its metadata has no 'llama.context_length'"),
         ("llama", {"attention__head_count_kv": [2, 1]}, "differs from layer to layer"),
         ("llama", {"rope__dimension_count": 4}, "RoPE over 4 of 8 head dimensions is not supported"),

@@ -142,19 +142,21 @@ def test_several_threads_may_read_one_request_and_each_sees_all_of_it(client: As
 
 
 class CountedQueue(SimpleQueue[Any]):
-    num_waits = 0
+    num_gets = 0
 
     def get(self, *arguments: Any, **options: Any) -> Any:
-        CountedQueue.num_waits += self.empty()
+        CountedQueue.num_gets += 1
         return super().get(*arguments, **options)
 
 
-def test_tokens_that_have_arrived_cost_no_wake_up(client: AsyncScaleClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_have_arrived_cross_threads_in_one_go(
+    client: AsyncScaleClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("asyncscale.blocking.generation.SimpleQueue", CountedQueue)
     generation = client.generate("hello", max_tokens=1000, ignore_eos=True)
     generation.result()
     assert sum(1 for _ in generation) == 1000
-    assert CountedQueue.num_waits <= 2  # for all of them, and for the end
+    assert CountedQueue.num_gets == 2  # all of them, and the end
 
 
 async def test_it_works_in_a_thread_that_runs_an_event_loop(client: AsyncScaleClient) -> None:
@@ -186,11 +188,14 @@ def test_its_own_thread_is_refused_rather_than_left_waiting_for_itself(client: A
 # --- ends
 
 
-def test_leaving_the_loop_early_and_forgetting_a_request_end_it_on_its_engine(client: AsyncScaleClient) -> None:
-    for _ in client.generate("hello", **LONG):
-        break
-    client.generate("hello", **LONG)
-    assert_idle(client)
+def test_leaving_the_loop_early_and_forgetting_a_request_end_it_on_its_engine() -> None:
+    with AsyncScaleClient(SimulatedModel(base_ms=20), num_engines=1) as client:  # a hundred seconds for all tokens
+        generation = client.generate("hello", **LONG)
+        for _ in generation:
+            break
+        assert isinstance(generation.exception(), RequestAbortedError)
+        client.generate("hello", **LONG)
+        assert_idle(client)
 
 
 def test_abort_from_another_thread_ends_the_reader(client: AsyncScaleClient) -> None:

@@ -87,9 +87,18 @@ Linear make_linear(Buffers& buffers, int64_t num_outputs, int64_t num_inputs, in
   return linear;
 }
 
+// Experts' matrices follow each other.
+Linear make_experts(Buffers& buffers, int64_t num_experts, int64_t num_outputs, int64_t num_inputs, int64_t format) {
+  const int64_t padded = round_up(num_outputs, kLanes);
+  Linear linear = make_linear(buffers, num_experts * padded, num_inputs, format, false);
+  linear.num_outputs = padded;
+  return linear;
+}
+
 struct Shape {
   int64_t hidden, inner, heads, kv_heads, head_dim, vocab, block_size, window;
   bool extras;  // biases and norms of heads
+  int64_t experts = 0, experts_per_token = 0;
 };
 
 // Two sequences: one chunk after a first one, and a single token beside it.
@@ -102,18 +111,26 @@ bool run_decoder(const Shape& shape, int64_t format, int64_t cache_format, int64
   model.num_heads = shape.heads;
   model.num_kv_heads = shape.kv_heads;
   model.head_dim = shape.head_dim;
-  model.inner_size = inner;
   model.embedding_format = format == kInt8 ? kBFloat16 : format;
   model.embedding = buffers.elements(shape.vocab * shape.hidden, model.embedding_format);
   model.norm = buffers.floats(shape.hidden);
   model.head = make_linear(buffers, shape.vocab, shape.hidden, format, false);
   model.eps = 1e-5;
+  model.qkv_limit = shape.experts ? 3 : HUGE_VALF;
+  model.qk_norm_spans_heads = shape.experts > 0;
   std::vector<Layer> layers(2);
   for (Layer& layer : layers) {
     layer.qkv = make_linear(buffers, heads_size + 2 * shape.kv_heads * shape.head_dim, shape.hidden, format, shape.extras);
     layer.output = make_linear(buffers, shape.hidden, heads_size, format, shape.extras);
-    layer.gate_up = make_linear(buffers, 2 * inner, shape.hidden, format, shape.extras);
-    layer.down = make_linear(buffers, shape.hidden, inner, format, shape.extras);
+    if (shape.experts) {
+      layer.experts = {make_linear(buffers, shape.experts, shape.hidden, kFloat32, false), shape.experts,
+                       shape.experts_per_token, shape.extras};
+      layer.gate_up = make_experts(buffers, shape.experts, 2 * inner, shape.hidden, format);
+      layer.down = make_experts(buffers, shape.experts, shape.hidden, inner, format);
+    } else {
+      layer.gate_up = make_linear(buffers, 2 * inner, shape.hidden, format, shape.extras);
+      layer.down = make_linear(buffers, shape.hidden, inner, format, shape.extras);
+    }
     layer.input_norm = buffers.floats(shape.hidden);
     layer.post_attention_norm = buffers.floats(shape.hidden);
     layer.qk_norm = shape.extras ? buffers.floats((shape.heads + shape.kv_heads) * shape.head_dim) : nullptr;
@@ -160,7 +177,7 @@ bool run_decoder(const Shape& shape, int64_t format, int64_t cache_format, int64
     step.hidden = static_cast<float*>(buffers.bytes(num_tokens * round_up(shape.hidden, kLanes) * 4));
     step.workspace = static_cast<char*>(buffers.bytes(asyncscale_workspace_bytes(&model, num_tokens, most_tokens, num_threads)));
     step.ticks = buffers.of(std::vector<uint64_t>{0});
-    step.durations = buffers.of(std::vector<uint64_t>(9));
+    step.durations = buffers.of(std::vector<uint64_t>(14));
     asyncscale_forward(&model, &cache, &step, team);
     const int64_t* indices = buffers.of(std::vector<int64_t>{num_tokens - 1, 0});
     auto* logits = static_cast<float*>(buffers.bytes(2 * model.head.num_outputs * 4));
@@ -219,6 +236,8 @@ int main() {
       {33, 75, 8, 1, 8, 17, 16, int64_t(1) << 40, false},
       {64, 100, 3, 3, 80, 64, 32, 70, false},
       {18, 16, 5, 1, 128, 130, 1, 1, true},
+      {50, 43, 4, 2, 34, 83, 5, 30, true, 17, 3},
+      {33, 75, 8, 1, 8, 17, 16, int64_t(1) << 40, false, 2, 2},
   };
   const float infinity = HUGE_VALF;
   for (const Shape& shape : shapes)

@@ -94,6 +94,17 @@ def test_a_library_that_is_broken_is_passed_over(tmp_path: Path, monkeypatch: py
     assert found is None or found.isa != BEST.isa
 
 
+def test_a_library_of_other_sources_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if BEST is None:
+        pytest.skip("the kernels were not built")
+    monkeypatch.setattr(library, "_STRUCTURES", (library.Model, library.Layer, library.Cache, library.Step))
+    assert library.load_library(BEST.isa) is None
+    assert f"_kernels_{BEST.isa}." in caplog.text
+    assert "was built from other sources: build it again" in caplog.text
+
+
 def test_a_build_leaves_the_libraries_beside_their_sources_too(tmp_path: Path) -> None:
     """Where `python -m asyncscale` in the source tree finds them: it imports that tree, not what was installed."""
     if importlib.util.find_spec("setuptools") is None:

@@ -32,6 +32,11 @@ def heads(dim: int, num: int, num_kv: int, **sizes: Any) -> dict[str, Any]:
     return {"head_dim": dim, "num_attention_heads": num, "num_key_value_heads": num_kv} | sizes
 
 
+def experts(family: str, num: int, num_per_token: int, **sizes: Any) -> dict[str, Any]:
+    architectures = [f"{family}ForCausalLM"]
+    return {"architectures": architectures, "num_local_experts": num, "num_experts_per_tok": num_per_token} | sizes
+
+
 # Sizes, format, block size, and the cache's type where the format is int8.
 CASES: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "odd sizes": ({}, "float32", 16, "float32"),
@@ -50,6 +55,16 @@ CASES: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "window beyond a tile": (window(70), "float16", 8, "float32"),
     "window of one": (window(1), "float32", 16, "float32"),
     "window, bfloat16": (window(17, **heads(20, 6, 2)), "bfloat16", 8, "float32"),
+    "experts": (experts("Mixtral", 5, 2), "float32", 16, "float32"),
+    # What is rounded may choose another expert than what is not: here all are chosen.
+    "experts, bfloat16": (experts("Mixtral", 17, 17, intermediate_size=30), "bfloat16", 16, "float32"),
+    "experts, norms over all heads": (experts("Olmoe", 9, 4, clip_qkv=1.5, **heads(18, 4, 2)), "float32", 8, "float32"),
+    "experts, float16": (experts("Olmoe", 3, 3, norm_topk_prob=True, hidden_size=33), "float16", 5, "float32"),
+    "experts, int8": (experts("Qwen3Moe", 7, 7, moe_intermediate_size=90), "int8", 16, "bfloat16"),
+    "experts in some layers": (
+        experts("Qwen3Moe", 30, 8, num_hidden_layers=3, mlp_only_layers=[1], moe_intermediate_size=70),
+        "float32", 8, "float32",
+    ),
     "wide": ({"hidden_size": 257, "intermediate_size": 400, "vocab_size": 190}, "bfloat16", 16, "float32"),
 }  # fmt: skip
 LENGTHS = {4: 150, 1: 30, 6: 1, 2: 72}  # by row

@@ -15,7 +15,12 @@ CONFIG = tiny(  # with biases, and a window in its second layer
     architectures=["Qwen2ForCausalLM"], use_sliding_window=True, sliding_window=90, max_window_layers=1,
     head_dim=34, num_attention_heads=6, num_key_value_heads=2, hidden_size=70, intermediate_size=100, vocab_size=131,
 )  # fmt: skip
+EXPERTS = tiny(  # with norms over all heads
+    architectures=["OlmoeForCausalLM"], num_experts=11, num_experts_per_tok=3, clip_qkv=2.0,
+    head_dim=34, num_attention_heads=6, num_key_value_heads=2, hidden_size=70, intermediate_size=100, vocab_size=131,
+)  # fmt: skip
 WEIGHTS = random_weights(CONFIG)
+MODELS = {"plain": (CONFIG, WEIGHTS), "experts": (EXPERTS, random_weights(EXPERTS))}
 _generator = np.random.default_rng(5)
 SEQUENCES = {row: _generator.integers(0, 130, length).tolist() for row, length in {3: 107, 0: 1, 5: 66, 1: 40}.items()}
 SPOILT_TOKEN = 130
@@ -33,11 +38,12 @@ def random_chunks(*sizes: int) -> Callable[[int], int]:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("format", "dtype"), FORMATS, ids=lambda name: name)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_same_alone_in_any_chunks_company_and_blocks_and_by_any_threads(
-    format: str, dtype: str, isa: str, make_model: MakeModel
+    name: str, format: str, dtype: str, isa: str, make_model: MakeModel
 ) -> None:
     def make(threads: int) -> Model:
-        return make_model(isa, CONFIG, WEIGHTS, format, threads=threads, block_size=8, num_blocks=100, dtype=dtype)
+        return make_model(isa, *MODELS[name], format, threads=threads, block_size=8, num_blocks=100, dtype=dtype)
 
     model = make(1)
     alone = {row: model.run({row: tokens}, lambda row: 512)[row] for row, tokens in SEQUENCES.items()}
@@ -70,13 +76,15 @@ def test_tokens_that_are_taken_back_leave_no_trace(format: str, dtype: str, isa:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("format", "dtype"), FORMATS, ids=lambda name: name)
-@pytest.mark.parametrize("number", [np.inf, np.nan])
+@pytest.mark.parametrize(("name", "number"), [("plain", np.inf), ("plain", np.nan), ("experts", np.nan)])
 def test_what_is_no_number_stays_in_its_own_sequence(
-    number: float, format: str, dtype: str, isa: str, make_model: MakeModel
+    name: str, number: float, format: str, dtype: str, isa: str, make_model: MakeModel
 ) -> None:
-    weights = {name: values.copy() for name, values in WEIGHTS.items()}
-    weights["model.embed_tokens.weight"][SPOILT_TOKEN, 7] = number
-    model = make_model(isa, CONFIG, weights, format, block_size=5, num_blocks=70, dtype=dtype)
+    config, weights = MODELS[name]
+    embedding = weights["model.embed_tokens.weight"].copy()
+    embedding[SPOILT_TOKEN, 7] = number
+    weights = weights | {"model.embed_tokens.weight": embedding}
+    model = make_model(isa, config, weights, format, block_size=5, num_blocks=70, dtype=dtype)
     chunk = random_chunks(1, 7, 24)
     healthy = model.run(SEQUENCES, chunk)
     spoilt = [*SEQUENCES[5][:20], SPOILT_TOKEN, *SEQUENCES[5][20:45]]

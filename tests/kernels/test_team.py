@@ -23,7 +23,9 @@ TASKS = Path("/proc/self/task")
 def test_a_step_counts_its_ticks_and_where_its_time_went(
     threads: int, isa: str, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    config = tiny(num_hidden_layers=7)
+    # Every other layer has experts.
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "decoder_sparse_step": 2}
+    config = tiny(architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=7, **sizes)
     model = make_model(isa, config, random_weights(config), threads=threads)
     path = str(tmp_path / "progress")
     make_file(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from asyncscale.checkpoint.experts_config import ExpertsConfig
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.engine.batch import Batch, SequenceTable
 from asyncscale.kernels.library import INSTRUCTION_SETS, load_library
@@ -138,7 +139,7 @@ class Reference:
         self._embedding = rounded(weights["model.embed_tokens.weight"], "bfloat16" if format == "int8" else format)
         head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
         self._weights = {
-            name: quantized(values, values.shape[-1]) if format == "int8" else rounded(values, format)
+            name: self._stored(name, values)
             for name, values in (weights | {"lm_head.weight": head}).items()
             if values.ndim == 2
         }
@@ -158,15 +159,40 @@ class Reference:
                 self._attend(normed, f"{layer}.self_attn", window, cos, sin), f"{layer}.self_attn.o_proj"
             )
             normed = self._norm(x, f"{layer}.post_attention_layernorm")
-            gate, up = (self._linear(normed, f"{layer}.mlp.{part}_proj") for part in ("gate", "up"))
-            x = x + self._linear(gate / (1 + np.exp(-gate)) * up, f"{layer}.mlp.down_proj")
+            experts = config.experts_of(index)
+            x = x + (self._mlp(normed, f"{layer}.mlp") if experts is None else self._experts(normed, layer, experts))
         return self._linear(self._norm(x, "model.norm"), "lm_head")
+
+    def _stored(self, name: str, values: Array) -> Array:
+        if name.endswith(".mlp.gate.weight"):
+            return values.astype(np.float64)
+        return quantized(values, values.shape[-1]) if self._format == "int8" else rounded(values, self._format)
+
+    def _mlp(self, x: Array, name: str) -> Array:
+        gate, up = (self._linear(x, f"{name}.{part}_proj") for part in ("gate", "up"))
+        return self._linear(gate / (1 + np.exp(-gate)) * up, f"{name}.down_proj")
+
+    def _experts(self, x: Array, layer: str, experts: ExpertsConfig) -> Array:
+        """All experts compute all tokens; of those that are not chosen, the weight is zero."""
+        logits = x @ self._weights[f"{layer}.mlp.gate.weight"].T
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        ranks = (-probabilities).argsort(1, kind="stable").argsort(1)
+        weights = np.where(ranks < experts.num_experts_per_token, probabilities, 0)
+        if experts.normalizes:
+            weights /= weights.sum(1, keepdims=True)
+        results = [self._mlp(x, f"{layer}.mlp.experts.{i}") for i in range(experts.num_experts)]
+        return sum(weights[:, i, None] * result for i, result in enumerate(results))
 
     def _attend(self, x: Array, name: str, window: int | None, cos: Array, sin: Array) -> Array:
         heads, kv_heads, dim = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
-        q, k, v = (self._linear(x, f"{name}.{part}_proj").reshape(len(x), -1, dim) for part in "qkv")
+        q, k, v = (self._linear(x, f"{name}.{part}_proj") for part in "qkv")
+        if not self._config.qk_norm_spans_heads:
+            q, k = (part.reshape(len(x), -1, dim) for part in (q, k))
         if self._config.qk_norm:
             q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
+        limit = self._config.qkv_limit or np.inf
+        q, k, v = (part.reshape(len(x), -1, dim).clip(-limit, limit) for part in (q, k, v))
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         cached = self._cache_format
         k, v = rounded(k, cached), rounded(v, cached)

@@ -22,6 +22,8 @@ def _scaled(rope_type: str, **parameters: object) -> dict[str, Any]:
 
 
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3}
+_OLMOE = {"eos_token_id": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "seed": 1}),
@@ -57,6 +59,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "mixtral-window": ("Mixtral", {"num_local_experts": 8, "sliding_window": 9, "tie_word_embeddings": True}),
+    "mixtral-one-of-one": ("Mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1}),
+    "qwen3-moe": ("Qwen3Moe", _EXPERTS | {"head_dim": 32, "moe_intermediate_size": 40, "seed": 8}),
+    "qwen3-moe-normalized": (
+        "Qwen3Moe",
+        _EXPERTS | {"norm_topk_prob": True, "moe_intermediate_size": 120, "attention_bias": True},
+    ),
+    "qwen3-moe-with-plain-layers": (
+        "Qwen3Moe",
+        _EXPERTS
+        | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3], "moe_intermediate_size": 32}
+        | {"use_sliding_window": True, "sliding_window": 11},
+    ),
+    "olmoe": ("Olmoe", _EXPERTS | _OLMOE),
+    "olmoe-limited": ("Olmoe", _EXPERTS | _OLMOE | {"clip_qkv": 0.7, "norm_topk_prob": True, "attention_bias": True}),
 }
 
 
@@ -121,7 +139,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(
 
 
 @pytest.mark.usefixtures("either_decoder")
-@pytest.mark.parametrize("case", ["llama", "llama-dynamic", "mistral-window", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "llama-dynamic", "mistral-window", "qwen2-window", "qwen3", "olmoe"])
 def test_tokens_do_not_depend_on_chunks_company_or_blocks(
     case: str,
     prompts: list[list[int]],

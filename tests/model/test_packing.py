@@ -24,6 +24,14 @@ SIZES = [
         "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 8,
         "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False,
     },
+    {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 33, "intermediate_size": 49, "num_attention_heads": 3,
+        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 21, "mlp_only_layers": [0],
+    },
+    {
+        "architectures": ["OlmoeForCausalLM"], "hidden_size": 50, "intermediate_size": 17, "num_attention_heads": 5,
+        "num_experts": 3, "num_experts_per_tok": 2,
+    },
 ]  # fmt: skip
 
 
@@ -90,10 +98,21 @@ def stored(matrix: Float32, weight_format: WeightFormat) -> Any:
 def expected_linears(config: ModelConfig, source: dict[str, Float32]) -> dict[str, tuple[Float32, Float32 | None]]:
     """Weight and bias of the packed layers, their outputs in order and padded."""
     linears: dict[str, tuple[Float32, Float32 | None]] = {}
-    inner = up_to(config.intermediate_size, 16)
 
     def get(name: str, kind: str) -> Float32:
         return source[f"model.layers.{index}.{name}.{kind}"]
+
+    def add_mlp(name: str, original: str, inner_size: int) -> None:
+        inner = up_to(inner_size, 16)
+        gate, up = (pad(get(f"{original}.{part}_proj", "weight"), inner, config.hidden_size) for part in ("gate", "up"))
+        bias = None
+        if config.mlp_bias:
+            both = [pad(get(f"{original}.{part}_proj", "bias")[:, None], inner, 1) for part in ("gate", "up")]
+            bias = gates_beside_ups(*both)[:, 0]
+        linears[f"{name}.gate_up"] = gates_beside_ups(gate, up), bias
+        down = get(f"{original}.down_proj", "weight")
+        bias = get(f"{original}.down_proj", "bias") if config.mlp_bias else None
+        linears[f"{name}.down"] = pad(down, len(down), inner), bias
 
     for index in range(config.num_layers):
         parts = [f"self_attn.{part}_proj" for part in "qkv"]
@@ -102,17 +121,24 @@ def expected_linears(config: ModelConfig, source: dict[str, Float32]) -> dict[st
         linears[f"layers.{index}.qkv"] = qkv, bias
         bias = get("self_attn.o_proj", "bias") if config.o_bias else None
         linears[f"layers.{index}.o"] = get("self_attn.o_proj", "weight"), bias
-        gate, up = (pad(get(f"mlp.{part}_proj", "weight"), inner, config.hidden_size) for part in ("gate", "up"))
-        bias = None
-        if config.mlp_bias:
-            both = [pad(get(f"mlp.{part}_proj", "bias")[:, None], inner, 1) for part in ("gate", "up")]
-            bias = gates_beside_ups(*both)[:, 0]
-        linears[f"layers.{index}.gate_up"] = gates_beside_ups(gate, up), bias
-        down = get("mlp.down_proj", "weight")
-        bias = get("mlp.down_proj", "bias") if config.mlp_bias else None
-        linears[f"layers.{index}.down"] = pad(down, len(down), inner), bias
+        experts = config.experts_of(index)
+        if experts is None:
+            add_mlp(f"layers.{index}", "mlp", config.intermediate_size)
+            continue
+        linears[f"layers.{index}.router"] = get("mlp.gate", "weight"), None
+        for expert in range(experts.num_experts):
+            add_mlp(f"layers.{index}.experts.{expert}", f"mlp.experts.{expert}", experts.intermediate_size)
     linears["head"] = source["lm_head.weight"], None
     return linears
+
+
+def by_expert(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Each expert's arrays under a name of their own: `layers.0.experts.2.down.weight`."""
+    result = {}
+    for name, array in tensors.items():
+        layer, dot, part = name.partition(".experts.")
+        result |= {f"{layer}.experts.{i}.{part}": one for i, one in enumerate(array)} if dot else {name: array}
+    return result
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -120,18 +146,19 @@ def expected_linears(config: ModelConfig, source: dict[str, Float32]) -> dict[st
 def test_every_element_is_where_the_layout_says(sizes: dict[str, Any], weight_format: WeightFormat) -> None:
     config = config_of(sizes)
     source = checkpoint(config)
-    tensors = packed(config, weight_format, source)
-    group = GROUPS[weight_format]
+    tensors = by_expert(packed(config, weight_format, source))
     for name, (weight, bias) in expected_linears(config, source).items():
+        element = "float32" if name.endswith(".router") else weight_format
+        group = GROUPS[element]
         outputs, inputs = up_to(len(weight), 16), up_to(weight.shape[1], group)
-        if weight_format == "int8":
+        if element == "int8":
             numbers, scales = quantize(weight)
             numbers[:, ~weight.any(axis=0)] = 0  # padding, where nothing is written: its inputs are zero,
             numbers[~weight.any(axis=1)] = 0  # or its scales are
             elements = pad(numbers, outputs, inputs).astype(np.uint8)
             assert np.array_equal(tensors.pop(f"{name}.scales"), pad(scales[:, None], outputs, 1)[:, 0])
         else:
-            elements = stored(pad(weight, outputs, inputs), weight_format)
+            elements = stored(pad(weight, outputs, inputs), element)
         actual = tensors.pop(f"{name}.weight")
         assert actual.dtype == elements.dtype
         assert np.array_equal(actual, in_panels(elements, group)), name
@@ -144,6 +171,8 @@ def test_every_element_is_where_the_layout_says(sizes: dict[str, Any], weight_fo
         if config.qk_norm:
             q, k = (source[f"{layer}.self_attn.{part}_norm.weight"] for part in "qk")
             rows = [q] * config.num_heads + [k] * config.num_kv_heads
+            if config.qk_norm_spans_heads:
+                rows = np.concatenate([q, k]).reshape(-1, config.head_dim)
             assert np.array_equal(tensors.pop(f"layers.{index}.qk_norm"), rows)
     assert np.array_equal(tensors.pop("norm"), source["model.norm.weight"])
     embedding = stored(source["model.embed_tokens.weight"], "bfloat16" if weight_format == "int8" else weight_format)
