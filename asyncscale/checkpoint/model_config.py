@@ -26,6 +26,7 @@ ARCHITECTURES = (
 _MISTRAL_SLIDING_WINDOW = 4096
 _QWEN3_HEAD_DIM = 128
 _MIXTRAL_ROPE_THETA = 1_000_000.0
+_RMS_NORM_EPS = {"MixtralForCausalLM": 1e-5, "OlmoeForCausalLM": 1e-5}
 
 _QK_NORMS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
 _OPTIONAL_BIASES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
@@ -172,7 +173,7 @@ def _fields(config: Mapping[str, Any], architecture: str, source: str) -> dict[s
         "num_heads": num_heads,
         "num_kv_heads": config.get("num_key_value_heads") or num_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rms_norm_eps": config.get("rms_norm_eps", _RMS_NORM_EPS.get(architecture, 1e-6)),
         "rope": RopeConfig.parse(config, source),
         "max_position_embeddings": config["max_position_embeddings"],
         "layer_windows": _layer_windows(config, architecture, source),

@@ -31,6 +31,11 @@ def experts(**changes: Any) -> ExpertsConfig:
     return ExpertsConfig(**(common | {"layers": (True,) * 4} | changes))
 
 
+@pytest.mark.parametrize(("family", "eps"), [("Mixtral", 1e-5), ("Olmoe", 1e-5), ("Qwen3Moe", 1e-6), ("Llama", 1e-6)])
+def test_what_is_not_mentioned_is_as_transformers_takes_it(family: str, eps: float) -> None:
+    assert parse(family).rms_norm_eps == eps
+
+
 QWEN3 = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
