@@ -20,7 +20,9 @@ from asyncscale import *
 FAST = SimulatedModel(base_ms=0.2)
 async def three_tokens():
     async with AsyncScaleClient(FAST, num_engines=2) as client:
-        print(len((await client.generate("x", max_tokens=3, ignore_eos=True)).token_ids), flush=True)
+        completion = await client.generate("x", max_tokens=3, ignore_eos=True)
+        sys.stdout.write(f"{len(completion.token_ids)}\\n")  # at once: print writes the end of the line by itself
+        sys.stdout.flush()
 """
 
 

@@ -53,7 +53,8 @@ def test_asyncio_run_twice_uvloop_and_a_threads_own_loop(workspace: Path) -> Non
     path = script(
         workspace,
         """
-        import uvloop
+        import logging, uvloop
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # which says in debug mode that a machine is busy
         asyncio.run(three_tokens())
         asyncio.run(three_tokens(), debug=True)
         uvloop.run(three_tokens())

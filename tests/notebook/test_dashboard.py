@@ -123,7 +123,9 @@ def test_a_cell_that_is_run_again_replaces_its_dashboard(kernel: Kernel) -> None
 def test_it_goes_on_after_an_interrupt(kernel: Kernel) -> None:
     kernel.run(MAKE)
     kernel.run("dashboard = await client.dashboard()")
-    kernel.run("print('begun')\nawait client.generate('x', max_tokens=8000)", interrupt_at="begun", ok=False)
+    kernel.run(
+        "print('begun')\nawait client.generate('x', max_tokens=8000, ignore_eos=True)", interrupt_at="begun", ok=False
+    )
     kernel.run("while dashboard.widget.value.count('0 of 64') < 2: await asyncio.sleep(0.01)")
     kernel.run("work = client.generate('x', max_tokens=8000, ignore_eos=True)")
     kernel.run("while '1 of 64' not in dashboard.widget.value: await asyncio.sleep(0.01)")

@@ -13,7 +13,8 @@ def test_an_interrupted_request_ends_and_the_client_goes_on(kernel: Kernel) -> N
     kernel.run(START)
     for cell in (
         LONG,
-        "print('begun')\nawait asyncio.gather(*(client.generate('x', max_tokens=8000) for _ in range(200)))",
+        "print('begun')\n"
+        "await asyncio.gather(*(client.generate('x', max_tokens=8000, ignore_eos=True) for _ in range(200)))",
         "print('begun')\nasync for token in client.generate('x', max_tokens=8000, ignore_eos=True): pass",
         "print('begun')\nimport time\ntime.sleep(60)",
     ):
