@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -77,15 +78,15 @@ async def test_engines_follow_when_the_level_is_changed(caplog: pytest.LogCaptur
 async def test_what_an_engine_said_last_is_heard_before_its_death(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asyncscale")
     async with AsyncScaleClient(MODEL, num_engines=1) as client:
-        [info] = await client.collective_rpc("process_info")
-        call = client.collective_rpc("pause")
-        asyncio.get_running_loop().call_soon(os.kill, info["pid"], signal.SIGKILL)
-        await asyncio.gather(call, return_exceptions=True)
-        await wait_records(caplog, {"engine 0 died (killed by SIGKILL)"})
-    # Whether the call came first is open; but nothing of an engine follows its death.
-    own = [record.getMessage() for record in caplog.records if record.levelno < logging.WARNING]
-    died = caplog.messages.index("engine 0 died (killed by SIGKILL)")
-    assert all(caplog.messages.index(message) < died for message in own if message.startswith("engine 0: paused"))
+        engine = client._engines.supervisor.engines[0]  # type: ignore[attr-defined]
+        answer = client._dispatcher.call("pause", [])
+        assert engine.lifeline.poll(10)  # without the loop, which learns of the record and of the death at once
+        os.kill(engine.pid, signal.SIGKILL)
+        assert multiprocessing.connection.wait([engine.process.sentinel], 10)
+        client._engines.supervisor._on_exit(engine)  # type: ignore[attr-defined]
+        await answer
+        messages = caplog.messages
+        assert messages.index("engine 0: paused, with 0 requests") < messages.index("engine 0 died (killed by SIGKILL)")
 
 
 def test_an_owner_whose_loop_is_blocked_delays_no_engine(workspace: Path) -> None:
