@@ -37,6 +37,9 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     faults: what happens to the engine in a step that computes a request whose prompt holds this token id, for tests of
     what a program does then: "error" (the request fails, and nothing else), "raise" (an exception), "exit" (code 3),
     "kill" (by SIGKILL, as when memory runs out), "segfault", "hang" (the step never ends).
+
+    lockstep: the engines step together, as those of a model that is spread over them do (see `enable_expert_parallel`),
+    and every request fails with what happened when one of them steps alone.
     """
 
     base_ms: float = 1.0
@@ -50,6 +53,7 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
     load_s: float = 0.0
     replies: dict[str, str] = {}
     faults: dict[int, Fault] = {}
+    lockstep: bool = False
 
     def __post_init__(self) -> None:
         for name in ("base_ms", "decode_us", "prefill_us", "load_s", "output_period"):
@@ -95,6 +99,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         the same with and without. "auto" does so where it pays (few requests, guesses that come true), "ngram" whenever
         there is something to guess.
     num_speculative_tokens: most tokens guessed for a request in one step.
+    enable_expert_parallel: deal the experts of a mixture-of-experts model out to the engines, which then step together;
+        see docs/tandem.md.
     """
 
     dtype: DType = "auto"
@@ -111,6 +117,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pin_engines: bool = True
     speculation: Speculation = "auto"
     num_speculative_tokens: int = 8
+    enable_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_speculative_tokens"):
@@ -149,6 +156,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     tcp: TcpBinding | None = None
     cpus: tuple[int, ...] = ()
     log_levels: dict[str, int] = {}
+
+    @property
+    def in_tandem(self) -> bool:
+        """Whether the engines step together."""
+        is_spread = self.model.lockstep if isinstance(self.model, SimulatedModel) else self.config.enable_expert_parallel
+        return is_spread and self.num_engines > 1
 
     @property
     def name(self) -> str:
