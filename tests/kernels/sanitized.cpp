@@ -16,7 +16,7 @@ void* asyncscale_team_new(int64_t);
 void asyncscale_team_delete(void*);
 int64_t asyncscale_block_bytes(const Cache*);
 int64_t asyncscale_workspace_bytes(const Model*, int64_t, int64_t, int64_t);
-void asyncscale_forward(const Model*, const Cache*, const Step*, void*);
+int64_t asyncscale_forward(const Model*, const Cache*, const Step*, void*);
 void asyncscale_logits(const Model*, const Step*, const int64_t*, int64_t, float*, void*);
 void asyncscale_best(const Model*, const Step*, const int64_t*, int64_t, int64_t, float*, int32_t*, float*, int64_t*, void*);
 int64_t asyncscale_sampling_scratch_bytes(int64_t);
@@ -177,7 +177,7 @@ bool run_decoder(const Shape& shape, int64_t format, int64_t cache_format, int64
     step.hidden = static_cast<float*>(buffers.bytes(num_tokens * round_up(shape.hidden, kLanes) * 4));
     step.workspace = static_cast<char*>(buffers.bytes(asyncscale_workspace_bytes(&model, num_tokens, most_tokens, num_threads)));
     step.ticks = buffers.of(std::vector<uint64_t>{0});
-    step.durations = buffers.of(std::vector<uint64_t>(14));
+    step.durations = buffers.of(std::vector<uint64_t>(16));
     asyncscale_forward(&model, &cache, &step, team);
     const int64_t* indices = buffers.of(std::vector<int64_t>{num_tokens - 1, 0});
     auto* logits = static_cast<float*>(buffers.bytes(2 * model.head.num_outputs * 4));
