@@ -45,7 +45,8 @@ class NativeExchange:
 
     def _dispatch(self, rows: int, num_words: int, first_rows: int, num_experts: int, room_words: int) -> bool:
         try:
-            first = np.ndarray(num_experts + 1, np.int64, (ctypes.c_int64 * (num_experts + 1)).from_address(first_rows))
+            cells = (ctypes.c_int64 * (num_experts + 1)).from_address(first_rows)
+            first = np.ndarray(num_experts + 1, np.int64, memoryview(cells))
             counts = torch.from_numpy(np.diff(first))
             received, counts = self._exchange.dispatch(_words(rows, int(first[-1]), num_words), counts)
             torch.cumsum(counts, 0, out=self._received_first[1:])
@@ -74,4 +75,4 @@ class NativeExchange:
 def _words(address: int, num_rows: int, num_words: int) -> Tensor:
     """The rows at an address, not copied: int32[num_rows, num_words]."""
     memory = (ctypes.c_int32 * (num_rows * num_words)).from_address(address)
-    return torch.from_numpy(np.ndarray((num_rows, num_words), np.int32, memory))
+    return torch.from_numpy(np.ndarray((num_rows, num_words), np.int32, memoryview(memory)))
