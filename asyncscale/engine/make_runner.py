@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from asyncscale.config import EngineSpec, SimulatedModel
+from asyncscale.engine.runner import Runner
 from asyncscale.progress import Progress
+from asyncscale.tandem.core import TandemRunner
 
 if TYPE_CHECKING:
-    from asyncscale.tandem.core import Collectives, TandemRunner
+    from asyncscale.tandem.core import Collectives
 
 Report = Callable[[str, float], None]
 
 
-def make_runner(spec: EngineSpec, progress: Progress, report: Report) -> tuple[TandemRunner, Collectives | None]:
+class AnyRunner(Runner, TandemRunner, Protocol):
+    """Of an engine, in tandem or not."""
+
+
+def make_runner(spec: EngineSpec, progress: Progress, report: Report) -> tuple[AnyRunner, Collectives | None]:
     """Loads the model. The group: None for engines that step on their own.
 
     progress: where to show that the engine waits for others of its group. report: is called with a stage of loading and
@@ -34,9 +40,7 @@ def make_runner(spec: EngineSpec, progress: Progress, report: Report) -> tuple[T
     return ModelRunner(spec, report, group), group
 
 
-def _simulated(
-    spec: EngineSpec, model: SimulatedModel, progress: Progress
-) -> tuple[TandemRunner, Collectives | None]:
+def _simulated(spec: EngineSpec, model: SimulatedModel, progress: Progress) -> tuple[AnyRunner, Collectives | None]:
     if not spec.in_tandem:
         from asyncscale.model.simulation import SimulatedRunner
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, NoReturn
 from asyncscale import messages, transport
 from asyncscale.config import EngineSpec
 from asyncscale.engine.log_relay import ROOT, LogRelay
-from asyncscale.engine.make_runner import make_runner
 from asyncscale.errors import ModelLoadError
 from asyncscale.progress import Progress
 from asyncscale.tandem.collective_errors import SteppedAloneError
@@ -81,6 +80,7 @@ class _Engine:
         # Imported here, after numpy's threads were forbidden; and whoever starts engines imports this module, but needs
         # none of that.
         from asyncscale.engine.core import EngineCore
+        from asyncscale.engine.make_runner import make_runner
         from asyncscale.engine.server import EngineServer
         from asyncscale.metrics.engine_counters import EngineCounters
         from asyncscale.tandem.core import TandemCore
@@ -113,7 +113,7 @@ class _Engine:
         member = GroupMember(TandemCore(core, runner, group), self._mailbox, self._tell) if group else None
         return EngineServer(core, self._socket, spec.num_engines, progress, counters, member)
 
-    def serve(self, server: EngineServer) -> NoReturn:
+    def serve(self, server: EngineServer) -> None:
         """For ever; the lifeline ends the process."""
         facts, cpus = self._facts, ", ".join(map(str, self._spec.cpus)) or "of its owner"
         logger.debug("loaded in %.2f s, on CPUs %s", facts.load_s, cpus)

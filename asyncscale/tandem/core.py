@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from asyncscale.engine.runner import Runner
 from asyncscale.messages import Outputs
 from asyncscale.tandem.collective_errors import CollectiveError
 from asyncscale.tandem.engine import EngineWaves
@@ -29,7 +28,7 @@ class Collectives(Protocol):
         """Whether any engine's value is true."""
 
 
-class TandemRunner(Runner, Protocol):
+class TandemRunner(Protocol):
     """A Runner whose `execute` may be collective."""
 
     def execute_dummy(self, meanwhile: Callable[[], None]) -> None:

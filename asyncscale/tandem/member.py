@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Mailbox:
     """Takes the owner's messages from the thread that reads them to the one that sleeps in poll, and wakes that::
 
-        mailbox.put(state)                     # in one thread
-        poller.register(mailbox.fileno(), POLLIN)  # in the other
-        for state in mailbox.take(): ...
+    mailbox.put(state)                     # in one thread
+    poller.register(mailbox.fileno(), POLLIN)  # in the other
+    for state in mailbox.take(): ...
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,12 @@ class Mailbox:
 class GroupMember:
     """A TandemCore that hears its owner in `mailbox`, and speaks by `tell`::
 
-        while True:
-            ...  # sleep while not member.has_work, until the mailbox or something else is readable
-            member.follow()
-            if member.has_work:
-                outputs = member.step()
-            member.report()
+    while True:
+        ...  # sleep while not member.has_work, until the mailbox or something else is readable
+        member.follow()
+        if member.has_work:
+            outputs = member.step()
+        member.report()
     """
 
     def __init__(self, tandem: TandemCore, mailbox: Mailbox, tell: Callable[[FromTandemEngine], None]) -> None:
