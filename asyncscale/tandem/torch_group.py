@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asyncscale.progress import Progress
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 from asyncscale.tandem.meeting import Meeting
 
 # An engine that is slow, or stopped for a while, is waited for. The end of one that dies is seen by its connections.
@@ -57,6 +57,11 @@ class TorchGroup:
         self._gloo: Any = None
         self._nccl: Any = None
         atexit.register(self.leave)  # the interpreter's end would find threads of gloo, and abort
+
+    @property
+    def joined(self) -> bool:
+        """Whether this engine is in a generation; until then, it is alone."""
+        return self._gloo is not None
 
     def join(self, generation: int) -> None:
         self.leave()

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from asyncscale.progress import Progress, look, make_file
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 
 WAIT_S = 60.0
 
