@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,14 @@ from asyncscale.kernels.library import FORMATS, Format, Library
 from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
+from asyncscale.model.expert_exchange import ExpertExchange, ExpertShare, RowGroup
 from asyncscale.model.packing import head_format
 from asyncscale.model.threads import num_threads
 from asyncscale.model.weight_cache import packed_weights
 from asyncscale.progress import Progress
+
+if TYPE_CHECKING:
+    from asyncscale.model.native_exchange import NativeExchange
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -54,7 +59,9 @@ class NativeDecoder:
         model: ModelConfig,
         max_model_len: int,
         report: Report,
+        group: RowGroup | None = None,
     ) -> None:
+        """group: the engines that the experts are dealt out to; None: all are here."""
         self._library = library
         weight_format, cache_format = formats(spec.config, library)
         self.dtype: str = weight_format
@@ -62,7 +69,15 @@ class NativeDecoder:
         self.token_cost = _TOKEN_COST + counts.per_token / counts.every_step
         weights = packed_weights(files, model, weight_format, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
-        self._model = _Model(model, weights.tensors, weight_format)
+        share: ExpertShare | None = None
+        self._exchange: NativeExchange | None = None
+        if group is not None and model.experts is not None:
+            # Imported here, as it needs torch.
+            from asyncscale.model.native_exchange import NativeExchange
+
+            exchange = ExpertExchange(group, model.experts.num_experts)
+            share, self._exchange = exchange.share, NativeExchange(exchange)
+        self._model = _Model(model, weights.tensors, weight_format, share)
         self._cache = native.Cache(
             format=FORMATS[cache_format],
             num_layers=model.num_layers,
@@ -81,6 +96,8 @@ class NativeDecoder:
         self._vocab_size = model.vocab_size
         self.durations: npt.NDArray[np.uint64] = np.zeros(len(native.PHASES), np.uint64)
         self._step = native.Step(most_tokens=self._most_tokens, durations=self.durations.ctypes.data)
+        if self._exchange is not None:
+            self._step.exchange = ctypes.pointer(self._exchange.structure)
         self._workspace: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         self._hidden: Float32 = np.zeros((0, self._hidden_size), np.float32)
         self._decode_items: Int64 = np.ones((0, 4), np.int64)
@@ -99,7 +116,11 @@ class NativeDecoder:
         self._step.ticks = progress.ticks_address
 
     def forward(self, step: StepTokens) -> None:
-        """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache."""
+        """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache.
+
+        Raises what the exchange with the other engines raised: then there are no hidden states, and the same step may
+        be computed again.
+        """
         num_tokens = len(step.token_ids)
         if num_tokens > len(self._hidden):
             self._reserve(num_tokens)
@@ -113,7 +134,9 @@ class NativeDecoder:
         fields.cos, fields.sin = step.cos.ctypes.data, step.sin.ctypes.data
         fields.block_table, fields.block_table_stride = table.ctypes.data, table.shape[1]
         fields.items, fields.num_items = items.ctypes.data, len(items)
-        self._library.cdll.asyncscale_forward(self._model, self._cache, fields, self._team)
+        done = self._library.cdll.asyncscale_forward(self._model, self._cache, fields, self._team)
+        if not done and self._exchange is not None:
+            self._exchange.raise_failure()
 
     def logits(self, indices: Int64) -> Float32:
         """float32[n, vocab_size] of tokens of the last step; valid until the next call."""
@@ -159,19 +182,31 @@ class NativeDecoder:
 
 
 class _Model(native.Model):
-    """The library's picture of the model; keeps the arrays alive whose addresses it holds."""
+    """The library's picture of the model; keeps the arrays alive whose addresses it holds.
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, npt.NDArray[Any]], weight_format: Format) -> None:
+    share: of the experts, which this engine computes; None is all. The arrays have all of them, but are a file that the
+    engines of a host map together: the share is what this engine reads of it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: dict[str, npt.NDArray[Any]],
+        weight_format: Format,
+        share: ExpertShare | None = None,
+    ) -> None:
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         num_qkv = heads + 2 * config.num_kv_heads * config.head_dim
 
-        def address(name: str) -> int | None:
-            return tensors[name].ctypes.data if name in tensors else None
+        def address(name: str, first: int = 0) -> int | None:
+            return tensors[name][first:].ctypes.data if name in tensors else None
 
-        def linear(name: str, num_outputs: int, num_inputs: int, format: Format = weight_format) -> native.Linear:
+        def linear(
+            name: str, num_outputs: int, num_inputs: int, format: Format = weight_format, first_expert: int = 0
+        ) -> native.Linear:
             return native.Linear(
-                weights=address(f"{name}.weight"),
-                scales=address(f"{name}.scales"),
+                weights=address(f"{name}.weight", first_expert),
+                scales=address(f"{name}.scales", first_expert),
                 bias=address(f"{name}.bias"),
                 num_outputs=_padded(num_outputs),
                 num_inputs=num_inputs,
@@ -182,6 +217,7 @@ class _Model(native.Model):
             return native.Experts(
                 router=linear(f"{name}.router", experts.num_experts, hidden, "float32"),
                 num_experts=experts.num_experts,
+                num_held=experts.num_experts if share is None else len(share),
                 num_experts_per_token=experts.num_experts_per_token,
                 normalizes=experts.normalizes,
             )
@@ -192,11 +228,12 @@ class _Model(native.Model):
             experts = config.experts_of(i)
             mlp = f"{name}.experts" if experts else name
             inner = _padded(experts.intermediate_size if experts else config.intermediate_size)
+            first = share.first if experts and share else 0
             layers[i] = native.Layer(
                 qkv=linear(f"{name}.qkv", num_qkv, hidden),
                 output=linear(f"{name}.o", hidden, heads),
-                gate_up=linear(f"{mlp}.gate_up", 2 * inner, hidden),
-                down=linear(f"{mlp}.down", hidden, inner),
+                gate_up=linear(f"{mlp}.gate_up", 2 * inner, hidden, first_expert=first),
+                down=linear(f"{mlp}.down", hidden, inner, first_expert=first),
                 experts=how_to_route(name, experts) if experts else native.Experts(),
                 input_norm=address(f"{name}.input_norm"),
                 post_attention_norm=address(f"{name}.post_attention_norm"),
