@@ -435,15 +435,20 @@ class AsyncScaleClient:
         self._life.check_usable()
         return Dashboard(self)
 
-    async def collective_rpc(self, method: str, /, *args: object, timeout: float | None = 60.0) -> list[Any]:
+    async def collective_rpc(
+        self, method: str, /, *args: object, timeout: float | None = 60.0, lockstep: bool = False
+    ) -> list[Any]:
         """Run a registered engine method exactly once on every engine; results in engine order.
 
         ::
 
             await client.collective_rpc("kv_cache_stats")
+            await client.collective_rpc("reset_prefix_cache", lockstep=True)
 
         Methods: kv_cache_stats, reset_prefix_cache, profile(is_start), pause, drain, resume, process_info,
-        speculation_stats.
+        speculation_stats; tandem_stats of engines in tandem.
+        lockstep: call it between the same two steps of all engines. They come to rest, and none computes before all
+        have answered; requests under way go on then.
         Arguments and results are plain values (numbers, strings, lists, dicts). Calls of all clients reach all engines
         in one order. timeout: seconds to wait for the results; what was sent runs all the same.
         Raises EngineError when an engine refuses or fails, EngineDeadError when one dies before it answers,
@@ -459,7 +464,7 @@ class AsyncScaleClient:
             )
         try:
             async with asyncio.timeout(timeout):
-                results = await self._engines.call(method, raw)
+                results = await self._engines.call(method, raw, lockstep=lockstep)
         except TimeoutError:
             text = f"not every engine has answered {method!r} within {timeout:g} s; it runs there all the same"
             raise TimeoutError(text) from None

@@ -21,10 +21,11 @@ from asyncscale.client.hang_detector import HangDetector
 from asyncscale.client.placement import Place
 from asyncscale.client.restarts import RestartHistory
 from asyncscale.client.spawn import start_process
-from asyncscale.config import EngineConfig, EngineSpec, ModelSource
+from asyncscale.config import EngineConfig, EngineSpec, ModelSource, step_in_tandem
 from asyncscale.engine.process import run_engine
 from asyncscale.errors import EngineError, EngineStartError, ModelLoadError
 from asyncscale.metrics import engine_counters
+from asyncscale.tandem.messages import Broken, FromTandemEngine, GroupState, Paused
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ LoadingCallback = Callable[[int, str, float], None]
 ReadyCallback = Callable[[EngineProcess, messages.EngineFacts, str | None], None]
 # An engine died; whether it is started again.
 DeathCallback = Callable[[EngineProcess, EngineError, bool], None]
+# An engine that steps together with others pauses, or has lost them.
+ReportCallback = Callable[[FromTandemEngine], None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Launch:
     tcp: TcpBinding | None = None
 
     @property
+    def in_tandem(self) -> bool:
+        """Whether the engines step together."""
+        return step_in_tandem(self.model, self.config, len(self.places))
+
+    @property
     def look_interval(self) -> float:
         """Seconds between looks at the engines' progress, and at the log levels of this process."""
         return max((self.hang_timeout or 0.0) / _LOOKS_PER_TIMEOUT, _LEAST_LOOK_INTERVAL_S)
@@ -77,10 +85,13 @@ class Supervisor:
     each engine ends when its lifeline closes.
     """
 
-    def __init__(self, launch: Launch, on_ready: ReadyCallback, on_death: DeathCallback) -> None:
+    def __init__(
+        self, launch: Launch, on_ready: ReadyCallback, on_death: DeathCallback, on_report: ReportCallback
+    ) -> None:
         self._launch = launch
         self._on_ready = on_ready
         self._on_death = on_death
+        self._on_report = on_report
         self.folder = transport.choose_runtime_folder()
         self._has_folder = False
         self.engines: dict[int, EngineProcess] = {}
@@ -159,7 +170,14 @@ class Supervisor:
                 self._logs.take(engine.engine_id, engine.pid, logged, starting=engine.facts is None)
             case messages.Failed() as failure:
                 engine.failure = failure  # raised when it has exited, with its exit code
+            case Paused() | Broken() as report if engine.facts is not None:
+                self._on_report(report)
         return True
+
+    def tell_all(self, message: GroupState) -> None:
+        """Send it to every engine, those that load included."""
+        for engine in self.engines.values():
+            engine.tell(message)
 
     def _engine_ready(self, engine: EngineProcess, facts: messages.EngineFacts) -> None:
         engine.facts = facts
@@ -204,7 +222,9 @@ class Supervisor:
         now = self._loop.time()
         ready_at = now if engine.ready_at is None else engine.ready_at
         delay = self._histories[engine_id].died(now - ready_at, ready_at - engine.started_at)
-        if delay is None and self._launch.max_restarts:
+        if engine.failure is not None and engine.failure.is_final:
+            delay = None
+        elif delay is None and self._launch.max_restarts:
             error.args = (f"{error.args[0]}; it is given up after {self._launch.max_restarts} restarts in a row",)
         if engine.facts is None:  # else whoever had heard that it was there says so
             logger.warning("%s", error, extra={"engine_id": engine_id})

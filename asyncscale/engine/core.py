@@ -43,7 +43,7 @@ class EngineCore:
     A request that is wrong ends with a Finished(reason="error") in its client's next outputs. What `runner.execute`
     raises passes through `step`: the engine is then broken.
 
-    methods: what clients may call by name. load_version: changes whenever running, waiting or `by_client` change.
+    methods: what clients may call by name; those that begin with an underscore are for the owner's own use. load_version: changes whenever running, waiting or `by_client` change.
     clock: seconds, monotonic. counters: where to count what it does.
     """
 
@@ -78,6 +78,7 @@ class EngineCore:
         self._num_arrived = 0
         self._preemptions = PreemptionWatch()
         self._paused = False
+        self._held = False
         self._accepting = True
         self.load_version = 0
         self.methods: dict[str, Callable[..., object]] = {
@@ -87,12 +88,19 @@ class EngineCore:
             "pause": self.pause,
             "drain": self.drain,
             "resume": self.resume,
+            "_hold_steps": self.hold_steps,
+            "_release_steps": self.release_steps,
         }
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to hand out."""
-        return (bool(self._clients) and not self._paused) or len(self._outbox) > 0
+        return (bool(self._clients) and not self._rests) or len(self._outbox) > 0
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether there is anything to hand out without a step."""
+        return len(self._outbox) > 0
 
     @property
     def clients(self) -> Collection[bytes]:
@@ -143,9 +151,17 @@ class EngineCore:
 
         meanwhile: is called while the batch is computed, if there is one, or just before.
         """
-        if not self._paused:
+        if not self._rests:
             self._compute(meanwhile)
+        return self.flush()
+
+    def flush(self) -> dict[bytes, Outputs]:
+        """As `step`, but computes nothing: what there is to say of requests, such as that one was refused."""
         return self._outbox.flush(self.load)
+
+    @property
+    def _rests(self) -> bool:
+        return self._paused or self._held
 
     def _compute(self, meanwhile: Callable[[], None]) -> None:
         num_running = self._scheduler.num_running
@@ -205,6 +221,14 @@ class EngineCore:
         self._paused = False
         self._set_accepting(True)
         _log.info("resumed, with %d requests", self._num_alive)
+
+    def hold_steps(self) -> None:
+        """Compute nothing until `release_steps`: for moments, so that other engines' requests need not come here."""
+        self._held = True
+
+    def release_steps(self) -> None:
+        """End that; a pause goes on."""
+        self._held = False
 
     def _set_accepting(self, accepting: bool) -> None:
         if accepting != self._accepting:
