@@ -43,7 +43,8 @@ class EngineCore:
     A request that is wrong ends with a Finished(reason="error") in its client's next outputs. What `runner.execute`
     raises passes through `step`: the engine is then broken.
 
-    methods: what clients may call by name; those that begin with an underscore are for the owner's own use. load_version: changes whenever running, waiting or `by_client` change.
+    methods: what clients may call by name; those that begin with an underscore are for the owner's own use.
+    load_version: changes whenever running, waiting or `by_client` change.
     clock: seconds, monotonic. counters: where to count what it does.
     """
 
