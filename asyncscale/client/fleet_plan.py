@@ -56,9 +56,9 @@ class FleetPlan:
             source = self.model
         else:
             source, architecture = await asyncio.to_thread(find_model, self.model, progress.on_fetch)
-            if self.config.enable_expert_parallel:
-                _check_has_experts(architecture)
         cpus, config, num_engines = usable_cpus(), self.config, self.num_engines
+        if config.enable_expert_parallel and architecture is not None:
+            _check_has_experts(architecture)
         if num_engines == "auto":
             num_engines = auto_num_engines(cpus.num_cores, config, architecture, available_memory())
         progress.num_engines = num_engines

@@ -171,7 +171,7 @@ class _Layer:
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values, each [tokens, heads, head_dim]; queries and keys are rotated."""
-        heads = self._qkv(x).unflatten(1, (-1, self._head_dim))
+        heads = self._qkv(x).view(len(x), self._num_heads + 2 * self._num_kv_heads, self._head_dim)
         num_rotated = self._num_heads + self._num_kv_heads
         rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if self._norms is not None:
@@ -184,7 +184,9 @@ class _Layer:
 
     def _norm(self, heads: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Over as many neighbouring elements of a token as there are weights: a head, or all."""
-        return F.rms_norm(heads.flatten(1).unflatten(1, (-1, len(weight))), weight.shape, weight, eps).view(heads.shape)
+        num_tokens, num_heads, head_dim = heads.shape
+        parts = heads.reshape(num_tokens, num_heads * head_dim // len(weight), len(weight))
+        return F.rms_norm(parts, weight.shape, weight, eps).view(heads.shape)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
