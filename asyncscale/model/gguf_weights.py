@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,13 @@ _LAYER = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_gguf(path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Float32]]:
-    """Every tensor of `shapes`. Raises ModelLoadError, naming the tensor as the file does, before the first one."""
+def read_gguf(
+    path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wanted: Iterable[str]
+) -> Iterator[tuple[str, Float32]]:
+    """Of the tensors of `shapes`, which are to be all there are, those that are wanted.
+
+    Raises ModelLoadError, naming the tensor as the file does, before the first one.
+    """
     file = GGUFFile(path)
     names = {name: gguf_name(name) for name in shapes}
     unknown = file.tensors.keys() - names.values() - {_ROPE_FACTORS}
@@ -41,8 +46,8 @@ def read_gguf(path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ..
         if stored not in file.tensors:
             raise ModelLoadError(f"{file.path}: tensor {stored!r} is missing")
         _check_shape(file, stored, shapes[name])
-    for name, stored in names.items():
-        tensor = file.tensors[stored].dequantize()
+    for name in wanted:
+        tensor = file.tensors[names[name]].dequantize()
         yield name, _rotation_halves(tensor, config) if _is_permuted(name, config) else tensor
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,9 +50,12 @@ class _Stored:
 
 
 def read_safetensors(
-    folder: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+    folder: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wanted: Iterable[str]
 ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Every tensor of `shapes`. Raises ModelLoadError, naming file and tensor, before the first one."""
+    """Of the tensors of `shapes`, which are to be all there are, those that are wanted.
+
+    Raises ModelLoadError, naming file and tensor, before the first one.
+    """
     found: dict[str, _Stored] = {}
     for path in _files(folder):
         for stored_name, whole in _stored(path):
@@ -64,7 +67,7 @@ def read_safetensors(
     missing = shapes.keys() - found.keys()
     if missing:
         raise ModelLoadError(f"{folder}: {len(missing)} tensors are missing, among them {min(missing)!r}")
-    for name in shapes:
+    for name in wanted:
         yield name, found[name].read()
 
 

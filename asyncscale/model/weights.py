@@ -11,6 +11,8 @@ from asyncscale.checkpoint.experts_config import ExpertsConfig
 from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
+from asyncscale.model.expert_exchange import ExpertShare
+from asyncscale.model.expert_tensors import expert_of
 from asyncscale.model.gguf_weights import read_gguf, read_gguf_rope_factors
 from asyncscale.model.safetensors_weights import read_safetensors
 
@@ -23,7 +25,7 @@ _HEAD = "lm_head.weight"
 
 
 def read_weights(
-    files: CheckpointFiles, config: ModelConfig, progress: Progress | None = None
+    files: CheckpointFiles, config: ModelConfig, progress: Progress | None = None, share: ExpertShare | None = None
 ) -> Iterator[tuple[str, Float32]]:
     """Every tensor of `files` in float32, one after the other: those of `weight_shapes`, in its order.
 
@@ -33,18 +35,20 @@ def read_weights(
             packed[name] = pack(tensor)
 
     `lm_head.weight` is always among them; a tied model's is its embedding, again. Tensors may be views of the mapped
-    file, which cannot be written. `progress` is called with the fraction that is read.
+    file, which cannot be written. `progress` is called with the fraction that is read. `share`: the experts whose
+    tensors are read, instead of all; the others are still checked.
     Raises ModelLoadError, naming file and tensor, where one is missing, of another shape, or not of this architecture,
     and where a file cannot be read; all but defects of the data before the first tensor.
     """
     shapes = weight_shapes(config)
+    wanted = [name for name in shapes if share is None or (expert := expert_of(name)) is None or expert in share]
     read = read_gguf if files.format == "gguf" else read_safetensors
-    for count, (name, tensor) in enumerate(read(files.path, config, shapes), 1):
+    for count, (name, tensor) in enumerate(read(files.path, config, shapes, wanted), 1):
         yield name, tensor
         if name == _EMBEDDING and config.tie_word_embeddings:
             yield _HEAD, tensor
         if progress is not None:
-            progress(count / len(shapes))
+            progress(count / len(wanted))
 
 
 def read_rope_factors(files: CheckpointFiles, config: ModelConfig) -> Float32 | None:
