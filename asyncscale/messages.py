@@ -93,7 +93,8 @@ def fair_share(capacity: int, client: bytes, clients: Collection[bytes]) -> int:
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What an engine learned while it loaded its model. pid: of its process, on its host."""
+    """What an engine learned while it loaded its model. pid: of its process, on its host. weight_version: that it has
+    loaded."""
 
     vocab_size: Positive
     max_model_len: Positive
@@ -103,6 +104,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     dtype: str
     load_s: float
     pid: Positive | None = None
+    weight_version: Count = 0
 
 
 # --- client to engine
@@ -210,7 +212,8 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     """All that one step made for one client.
 
     Request_ids[i] got token_ids[i]; an id with several tokens comes several times. by_client: see `LoadReport`.
-    preempted: ids of requests that lost their KV blocks to others, and will be computed again.
+    preempted: ids of requests that lost their KV blocks to others, and will be computed again. weight_version: of the
+    weights that made the tokens.
     """
 
     request_ids: list[int]
@@ -224,6 +227,7 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     by_client: Shares | None = None
     started: list[Started] = []
     preempted: list[int] = []
+    weight_version: Count = 0
 
     def __post_init__(self) -> None:
         if len(self.request_ids) != len(self.token_ids):

@@ -71,6 +71,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             dtype=runner.dtype,
             load_s=time.monotonic() - started,
             pid=os.getpid(),
+            weight_version=spec.weight_version,
         )
         context = transport.make_context()
         socket = transport.bind_router(
@@ -83,7 +84,7 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
         progress = Progress(spec.progress_path)
         runner.progress = progress
         counters = EngineCounters(spec.counters_path)
-        core = EngineCore(runner, spec.config, counters=counters)
+        core = EngineCore(runner, spec.config, counters=counters, weight_version=spec.weight_version)
         server = EngineServer(core, socket, spec.num_engines, progress, counters)
     except BaseException as error:
         text = traceback.format_exc()

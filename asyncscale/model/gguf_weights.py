@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,11 @@ _LAYER = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_gguf(path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Float32]]:
-    """Every tensor of `shapes`. Raises ModelLoadError, naming the tensor as the file does, before the first one."""
+def read_gguf(
+    path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Callable[[], Float32]]:
+    """Of every tensor of `shapes` a function that reads it. Raises ModelLoadError, naming the tensor as the file does.
+    """
     file = GGUFFile(path)
     names = {name: gguf_name(name) for name in shapes}
     unknown = file.tensors.keys() - names.values() - {_ROPE_FACTORS}
@@ -41,9 +45,12 @@ def read_gguf(path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ..
         if stored not in file.tensors:
             raise ModelLoadError(f"{file.path}: tensor {stored!r} is missing")
         _check_shape(file, stored, shapes[name])
-    for name, stored in names.items():
-        tensor = file.tensors[stored].dequantize()
-        yield name, _rotation_halves(tensor, config) if _is_permuted(name, config) else tensor
+    return {name: partial(_read, file, stored, name, config) for name, stored in names.items()}
+
+
+def _read(file: GGUFFile, stored: str, name: str, config: ModelConfig) -> Float32:
+    tensor = file.tensors[stored].dequantize()
+    return _rotation_halves(tensor, config) if _is_permuted(name, config) else tensor
 
 
 def read_gguf_rope_factors(file: GGUFFile, config: ModelConfig) -> Float32 | None:

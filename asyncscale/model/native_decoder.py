@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,10 @@ from asyncscale.kernels.library import FORMATS, Format, Library
 from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
+from asyncscale.model.file_lock import remove_unless_used
 from asyncscale.model.packing import head_format
 from asyncscale.model.threads import num_threads
-from asyncscale.model.weight_cache import packed_weights
+from asyncscale.model.weight_cache import PackedWeights, packed_weights
 from asyncscale.progress import Progress
 
 Int64 = npt.NDArray[np.int64]
@@ -46,6 +49,8 @@ class NativeDecoder:
     magnitude).
     """
 
+    _passing_path: Path | None = None
+
     def __init__(
         self,
         library: Library,
@@ -60,9 +65,10 @@ class NativeDecoder:
         self.dtype: str = weight_format
         counts = WeightCounts.of(model)
         self.token_cost = _TOKEN_COST + counts.per_token / counts.every_step
-        weights = packed_weights(files, model, weight_format, lambda fraction: report("weights", fraction))
+        self._architecture, self._weight_format = model, weight_format
+        weights = self.load_weights(files, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
-        self._model = _Model(model, weights.tensors, weight_format)
+        self.use_weights(weights)
         self._cache = native.Cache(
             format=FORMATS[cache_format],
             num_layers=model.num_layers,
@@ -97,6 +103,17 @@ class NativeDecoder:
     def progress(self, progress: Progress) -> None:
         self._progress = progress
         self._step.ticks = progress.ticks_address
+
+    def load_weights(self, files: CheckpointFiles, progress: Callable[[float], None]) -> PackedWeights:
+        """The weights of `files`, for `use_weights`. From any thread."""
+        return packed_weights(files, self._architecture, self._weight_format, progress)
+
+    def use_weights(self, weights: PackedWeights) -> None:
+        """Compute with these from now on; those before are freed."""
+        before, self._passing_path = self._passing_path, weights.passing_path
+        self._model = _Model(self._architecture, weights.tensors, self._weight_format)
+        if before is not None and before != self._passing_path:
+            remove_unless_used(before)  # the last engine that has it does
 
     def forward(self, step: StepTokens) -> None:
         """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache."""

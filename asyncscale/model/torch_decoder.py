@@ -7,6 +7,7 @@ are cases of. Inference only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from asyncscale.model.torch_attention import TorchAttention, TorchPlan
 from asyncscale.model.torch_experts import MLP, ExpertLayer, Experts, Router
 from asyncscale.model.torch_kv_cache import KVCache, bytes_per_block
 from asyncscale.model.torch_linear import Linear
-from asyncscale.model.torch_weights import load_weights
+from asyncscale.model.torch_weights import Weights, load_weights
 from asyncscale.progress import Progress
 
 
@@ -42,9 +43,10 @@ class TorchDecoder:
         self._device = _device(spec.engine_id)
         self._dtype = _dtype(spec.config.dtype, self._device)
         self.dtype = str(self._dtype).removeprefix("torch.")
-        weights = load_weights(files, model, self._dtype, self._device, lambda fraction: report("weights", fraction))
+        self._architecture = model
+        weights = self.load_weights(files, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
-        self._take(weights.tensors, model)
+        self.use_weights(weights)
         block_bytes = bytes_per_block(model, spec.config.block_size, self._dtype)
         self.num_blocks = num_cache_blocks(spec, max_model_len, block_bytes, _available_memory(self._device))
         self._cache = KVCache(model, self.num_blocks, spec.config.block_size, self._dtype, self._device)
@@ -53,8 +55,14 @@ class TorchDecoder:
         self._hidden = torch.empty(0)
         self.progress = Progress()
 
-    def _take(self, tensors: dict[str, Tensor], model: ModelConfig) -> None:
-        """Takes the tensors out, so that none is held twice when layers store theirs in another layout."""
+    def load_weights(self, files: CheckpointFiles, progress: Callable[[float], None]) -> Weights:
+        """The weights of `files`, for `use_weights`. From any thread."""
+        return load_weights(files, self._architecture, self._dtype, self._device, progress)
+
+    def use_weights(self, weights: Weights) -> None:
+        """Compute with these from now on. Takes them out of `weights`, so that none is held twice when layers store
+        theirs in another layout."""
+        tensors, model = weights.tensors, self._architecture
         self._eps = model.rms_norm_eps
         self._embedding = tensors.pop("model.embed_tokens.weight")
         self._layers = [_Layer(model, tensors, i) for i in range(model.num_layers)]
