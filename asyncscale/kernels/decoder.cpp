@@ -25,8 +25,10 @@ enum Phase {
   kDown,
   kRouter,
   kDispatch,
+  kExchangeOut,
   kExpertsGateUp,
   kExpertsDown,
+  kExchangeBack,
   kCombine,
   kHead
 };
@@ -116,7 +118,8 @@ class Pass {
         durations_(thread == 0 ? durations : nullptr),
         began_(durations_ ? now() : 0) {}
 
-  void forward(const Step& step, const Cache& cache) {
+  // Returns whether it was done: the exchange with other engines may fail, for all threads alike.
+  bool forward(const Step& step, const Cache& cache) {
     for_rows([&](int64_t row) {
       embed(model_, step.token_ids[row], step.hidden + row * hidden_stride_);
       if (step.positions[row] % cache.block_size == 0)
@@ -133,11 +136,12 @@ class Pass {
       with_products(cache.format, [&](auto products) { attend<decltype(products)>(step, cache, index); });
       linear<false>(layer.output, Add{step.hidden, hidden_stride_});
       end(kOutput);
-      if (layer.experts.num_experts > 0)
-        compute_experts(step, layer);
-      else
+      if (layer.experts.num_experts == 0)
         compute_mlp(step, layer);
+      else if (!compute_experts(step, layer))
+        return false;
     }
+    return true;
   }
 
   void logits(const float* hidden, const int64_t* indices, float* out) {
@@ -193,17 +197,43 @@ class Pass {
     end(kDown);
   }
 
-  void compute_experts(const Step& step, const Layer& layer) {
+  bool compute_experts(const Step& step, const Layer& layer) {
     route(step.hidden, layer);
     dispatch(layer);
-    multiply_by_experts(layer);
+    const float* results = workspace_.results;
+    if (step.exchange == nullptr)
+      multiply_by_experts(layer, {workspace_.routing.first_rows, workspace_.dispatched, workspace_.inner,
+                                  workspace_.dispatched, workspace_.results});
+    else if (multiply_elsewhere(layer, *step.exchange))
+      results = step.exchange->results;
+    else
+      return false;
     const Routing& routing = workspace_.routing;
     const int64_t num_chosen = layer.experts.num_experts_per_token;
     for_rows([&](int64_t row) {
-      add_experts(workspace_.results, hidden_stride_, routing.rows + row * num_chosen, routing.weights + row * num_chosen,
-                  num_chosen, step.hidden + row * hidden_stride_);
+      add_experts(results, hidden_stride_, routing.rows + row * num_chosen, routing.weights + row * num_chosen, num_chosen,
+                  step.hidden + row * hidden_stride_);
     });
     end(kCombine);
+    return true;
+  }
+
+  // By the engines that hold the experts, while this one computes for them what is its part. Returns whether it was done.
+  bool multiply_elsewhere(const Layer& layer, Exchange& exchange) {
+    const int64_t inner_size = layer.down.num_inputs, inner_words = words_of(inner_size, layer.down.format);
+    if (thread_ == 0)
+      exchange.succeeded = exchange.dispatch(workspace_.dispatched, words_of(layer.gate_up.num_inputs, layer.gate_up.format),
+                                             workspace_.routing.first_rows, layer.experts.num_experts,
+                                             inner_size + inner_words + hidden_stride_);
+    end(kExchangeOut);
+    if (!exchange.succeeded) return false;
+    const int64_t num_rows = exchange.received_first[layer.experts.num_held];
+    float* inner_inputs = exchange.room + num_rows * inner_size;
+    float* results = inner_inputs + num_rows * inner_words;
+    multiply_by_experts(layer, {exchange.received_first, exchange.received, exchange.room, inner_inputs, results});
+    if (thread_ == 0) exchange.succeeded = exchange.combine(results, hidden_stride_);
+    end(kExchangeBack);
+    return exchange.succeeded;
   }
 
   // Each token's experts and their weights; its inputs for them are then at workspace_.inputs.
@@ -236,17 +266,16 @@ class Pass {
     end(kDispatch);
   }
 
-  // From rows of inputs to rows of results, both in the order of experts.
-  void multiply_by_experts(const Layer& layer) {
-    const int64_t num_experts = layer.experts.num_experts, inner_size = layer.down.num_inputs;
-    const int64_t* first_rows = workspace_.routing.first_rows;
-    multiply<true>(layer.gate_up, workspace_.dispatched, num_experts, first_rows, Gate{workspace_.inner, inner_size});
+  // Of the experts held here.
+  void multiply_by_experts(const Layer& layer, const ExpertRows& rows) {
+    const int64_t num_experts = layer.experts.num_held, inner_size = layer.down.num_inputs;
+    multiply<true>(layer.gate_up, rows.inputs, num_experts, rows.first, Gate{rows.inner, inner_size});
     end(kExpertsGateUp);
-    const int64_t num_rows = first_rows[num_experts], words = words_of(inner_size, layer.down.format);
+    const int64_t num_rows = rows.first[num_experts], words = words_of(inner_size, layer.down.format);
     for (int64_t row = team_.claim(); row < num_rows; row = team_.claim())
-      make_inputs(workspace_.inner + row * inner_size, inner_size, layer.down.format, workspace_.dispatched + row * words);
+      make_inputs(rows.inner + row * inner_size, inner_size, layer.down.format, rows.inner_inputs + row * words);
     end(kActivation);
-    multiply<false>(layer.down, workspace_.dispatched, num_experts, first_rows, Store{workspace_.results, hidden_stride_});
+    multiply<false>(layer.down, rows.inner_inputs, num_experts, rows.first, Store{rows.results, hidden_stride_});
     end(kExpertsDown);
   }
 
@@ -428,12 +457,17 @@ EXPORT int64_t asyncscale_workspace_bytes(const Model* model, int64_t num_tokens
   return Workspace(*model, begin, num_tokens, most_tokens, num_threads).end - begin;
 }
 
-EXPORT void asyncscale_forward(const Model* model, const Cache* cache, const Step* step, void* team) {
+// Returns 0 where the step's exchange failed, after which there are no hidden states.
+EXPORT int64_t asyncscale_forward(const Model* model, const Cache* cache, const Step* step, void* team) {
   Team& threads = *static_cast<Team*>(team);
   const Workspace workspace(*model, step->workspace, step->num_tokens, step->most_tokens, threads.size());
+  bool done = false;
   threads.run([&](int64_t thread) {
-    Pass(*model, threads, thread, step->num_tokens, workspace, step->ticks, step->durations).forward(*step, *cache);
+    Pass pass(*model, threads, thread, step->num_tokens, workspace, step->ticks, step->durations);
+    const bool own = pass.forward(*step, *cache);
+    if (thread == 0) done = own;
   });
+  return done;
 }
 
 // Of the tokens `indices` of the last step. out: [num_rows, outputs of the head].

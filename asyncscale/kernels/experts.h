@@ -23,6 +23,15 @@ struct Routing {
   int64_t* first_rows;  // [num_experts + 1]: where each expert's rows begin
 };
 
+// What experts compute, in their order: of each, the rows first[i] to first[i + 1].
+struct ExpertRows {
+  const int64_t* first;
+  const float* inputs;
+  float* inner;
+  float* inner_inputs;  // may be where inputs are, which are done with when these are written
+  float* results;
+};
+
 // The experts with the highest of `logits`, and their probabilities, highest first; of equal ones the first expert.
 inline void choose_experts(const float* logits, const Experts& experts, int32_t* chosen, float* weights) {
   const int64_t most = experts.num_experts_per_token;

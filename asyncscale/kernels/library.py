@@ -39,6 +39,7 @@ class Experts(ctypes.Structure):
     _fields_ = (
         ("router", Linear),
         ("num_experts", c_int64),
+        ("num_held", c_int64),
         ("num_experts_per_token", c_int64),
         ("normalizes", c_int64),
     )
@@ -93,6 +94,24 @@ class Cache(ctypes.Structure):
     )
 
 
+DispatchFunction = ctypes.CFUNCTYPE(c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64)
+CombineFunction = ctypes.CFUNCTYPE(c_int64, c_void_p, c_int64)
+
+
+class Exchange(ctypes.Structure):
+    """kernels::Exchange of model.h."""
+
+    _fields_ = (
+        ("dispatch", DispatchFunction),
+        ("combine", CombineFunction),
+        ("received", c_void_p),
+        ("received_first", c_void_p),
+        ("room", c_void_p),
+        ("results", c_void_p),
+        ("succeeded", c_int64),
+    )
+
+
 class Step(ctypes.Structure):
     """kernels::Step of model.h."""
 
@@ -112,10 +131,11 @@ class Step(ctypes.Structure):
         ("workspace", c_void_p),
         ("ticks", c_void_p),
         ("durations", c_void_p),
+        ("exchange", POINTER(Exchange)),
     )
 
 
-_STRUCTURES = (Layer, Model, Cache, Step)  # as structures.cpp has them
+_STRUCTURES = (Layer, Model, Cache, Exchange, Step)  # as structures.cpp has them
 
 # What a step's time goes to, as Step.durations counts it.
 PHASES = (
@@ -129,8 +149,10 @@ PHASES = (
     "down",
     "router",
     "dispatch",
+    "exchange_out",
     "experts_gate_up",
     "experts_down",
+    "exchange_back",
     "combine",
     "head",
 )
@@ -141,7 +163,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "team_delete": (None, (c_void_p,)),
     "block_bytes": (c_int64, (POINTER(Cache),)),
     "workspace_bytes": (c_int64, (POINTER(Model), c_int64, c_int64, c_int64)),
-    "forward": (None, (POINTER(Model), POINTER(Cache), POINTER(Step), c_void_p)),
+    "forward": (c_int64, (POINTER(Model), POINTER(Cache), POINTER(Step), c_void_p)),
     "best": (
         None,
         (POINTER(Model), POINTER(Step), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),

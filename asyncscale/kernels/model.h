@@ -26,13 +26,14 @@ struct Linear {
 struct Experts {
   Linear router;        // in float32
   int64_t num_experts;  // 0: the layer has a plain MLP
+  int64_t num_held;     // of them here; all, unless steps have an Exchange
   int64_t num_experts_per_token;
   int64_t normalizes;  // whether the weights of a token's experts are divided by their sum
 };
 
 struct Layer {
   Linear qkv, output;
-  Linear gate_up, down;  // of the MLP; or of the first expert, whose weights those of the others follow
+  Linear gate_up, down;  // of the MLP; or of the first expert held, whose weights those of the others follow
   Experts experts;
   const float* input_norm;
   const float* post_attention_norm;
@@ -74,6 +75,23 @@ struct Item {
   int64_t row;       // of the block table
 };
 
+// How tokens' inputs get to experts that other engines hold, and results back. Rows are in the order of experts; what
+// dispatch leaves is good until the next dispatch, what combine leaves until the next combine. Both are called by thread
+// 0 and return 0 where the exchange failed: the step is then given up.
+struct Exchange {
+  // rows: [first_rows[num_experts], num_words], for all experts. Leaves those of all engines for the experts held here,
+  // and room for room_words of each.
+  int64_t (*dispatch)(const float* rows, int64_t num_words, const int64_t* first_rows, int64_t num_experts,
+                      int64_t room_words);
+  // results: [received rows, num_words]. Leaves those of the rows that were given to dispatch.
+  int64_t (*combine)(const float* results, int64_t num_words);
+  const float* received;          // by dispatch: rows
+  const int64_t* received_first;  // by dispatch: [num_held + 1], where each expert's begin
+  float* room;                    // by dispatch
+  const float* results;           // by combine
+  int64_t succeeded;              // what the last of both returned, for the other threads
+};
+
 struct Step {
   int64_t num_tokens;
   const int32_t* token_ids;
@@ -90,6 +108,7 @@ struct Step {
   char* workspace;       // of workspace_bytes
   uint64_t* ticks;       // is counted up several times in each layer, or null
   uint64_t* durations;   // nanoseconds of each Phase are added to it, or null
+  Exchange* exchange;    // null: all experts are here
 };
 
 }  // namespace kernels

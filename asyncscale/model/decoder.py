@@ -15,6 +15,7 @@ from asyncscale.config import CheckpointFiles, EngineSpec
 from asyncscale.engine.batch import Batch
 from asyncscale.errors import ModelLoadError
 from asyncscale.kernels.library import load_library
+from asyncscale.model.expert_exchange import RowGroup
 from asyncscale.model.torch_devices import has_gpu
 from asyncscale.progress import Progress
 
@@ -70,7 +71,11 @@ class Decoder(Protocol):
     def use_weights(self, weights: Any) -> None: ...
 
     def forward(self, step: StepTokens) -> None:
-        """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache."""
+        """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache.
+
+        There may be no tokens. Where the experts are spread over engines, this is collective; it may raise
+        CollectiveError, and the same step may then be computed again.
+        """
 
     def logits(self, indices: Int64) -> Float32:
         """float32[n, vocab_size], contiguous, of tokens of the last step; indices: int64[n], each less than T.
@@ -92,10 +97,16 @@ def first_highest(logits: Float32) -> tuple[Int64, Float32]:
 
 
 def make_decoder(
-    spec: EngineSpec, files: CheckpointFiles, model: ModelConfig, max_model_len: int, report: Report
+    spec: EngineSpec,
+    files: CheckpointFiles,
+    model: ModelConfig,
+    max_model_len: int,
+    report: Report,
+    group: RowGroup | None = None,
 ) -> Decoder:
     """The decoder for this machine, its weights loaded. report: is called with a stage's name and its fraction done.
 
+    group: the engines that the experts are dealt out to, where they are.
     Raises ModelLoadError where the checkpoint cannot be read or there is not enough memory.
     """
     if not has_gpu():
@@ -104,7 +115,7 @@ def make_decoder(
             from asyncscale.model.native_decoder import NativeDecoder
 
             _log.info("native kernels for %s, threads: %s", library.isa, spec.config.threads_per_engine)
-            return NativeDecoder(library, spec, files, model, max_model_len, report)
+            return NativeDecoder(library, spec, files, model, max_model_len, report, group)
         if spec.engine_id == 0 and spec.incarnation == 0:  # once for all engines, and not again at restarts
             _log.warning(
                 "asyncscale was installed without its native kernels (no C++ compiler?): "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +23,15 @@ from asyncscale.kernels.library import FORMATS, Format, Library
 from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
+from asyncscale.model.expert_exchange import ExpertExchange, ExpertShare, RowGroup
 from asyncscale.model.file_lock import remove_unless_used
 from asyncscale.model.packing import head_format
 from asyncscale.model.threads import num_threads
 from asyncscale.model.weight_cache import PackedWeights, packed_weights
 from asyncscale.progress import Progress
+
+if TYPE_CHECKING:
+    from asyncscale.model.native_exchange import NativeExchange
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -59,7 +64,9 @@ class NativeDecoder:
         model: ModelConfig,
         max_model_len: int,
         report: Report,
+        group: RowGroup | None = None,
     ) -> None:
+        """group: the engines that the experts are dealt out to; None: all are here."""
         self._library = library
         weight_format, cache_format = formats(spec.config, library)
         self.dtype: str = weight_format
@@ -68,6 +75,14 @@ class NativeDecoder:
         self._architecture, self._weight_format = model, weight_format
         weights = self.load_weights(files, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
+        self._share: ExpertShare | None = None
+        self._exchange: NativeExchange | None = None
+        if group is not None and model.experts is not None:
+            # Imported here, as it needs torch.
+            from asyncscale.model.native_exchange import NativeExchange
+
+            exchange = ExpertExchange(group, model.experts.num_experts)
+            self._share, self._exchange = exchange.share, NativeExchange(exchange)
         self.use_weights(weights)
         self._cache = native.Cache(
             format=FORMATS[cache_format],
@@ -87,6 +102,8 @@ class NativeDecoder:
         self._vocab_size = model.vocab_size
         self.durations: npt.NDArray[np.uint64] = np.zeros(len(native.PHASES), np.uint64)
         self._step = native.Step(most_tokens=self._most_tokens, durations=self.durations.ctypes.data)
+        if self._exchange is not None:
+            self._step.exchange = ctypes.pointer(self._exchange.structure)
         self._workspace: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         self._hidden: Float32 = np.zeros((0, self._hidden_size), np.float32)
         self._decode_items: Int64 = np.ones((0, 4), np.int64)
@@ -111,12 +128,16 @@ class NativeDecoder:
     def use_weights(self, weights: PackedWeights) -> None:
         """Compute with these from now on; those before are freed."""
         before, self._passing_path = self._passing_path, weights.passing_path
-        self._model = _Model(self._architecture, weights.tensors, self._weight_format)
+        self._model = _Model(self._architecture, weights.tensors, self._weight_format, self._share)
         if before is not None and before != self._passing_path:
             remove_unless_used(before)  # the last engine that has it does
 
     def forward(self, step: StepTokens) -> None:
-        """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache."""
+        """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache.
+
+        Raises what the exchange with the other engines raised: then there are no hidden states, and the same step may
+        be computed again.
+        """
         num_tokens = len(step.token_ids)
         if num_tokens > len(self._hidden):
             self._reserve(num_tokens)
@@ -130,7 +151,9 @@ class NativeDecoder:
         fields.cos, fields.sin = step.cos.ctypes.data, step.sin.ctypes.data
         fields.block_table, fields.block_table_stride = table.ctypes.data, table.shape[1]
         fields.items, fields.num_items = items.ctypes.data, len(items)
-        self._library.cdll.asyncscale_forward(self._model, self._cache, fields, self._team)
+        done = self._library.cdll.asyncscale_forward(self._model, self._cache, fields, self._team)
+        if not done and self._exchange is not None:
+            self._exchange.raise_failure()
 
     def logits(self, indices: Int64) -> Float32:
         """float32[n, vocab_size] of tokens of the last step; valid until the next call."""
@@ -176,19 +199,31 @@ class NativeDecoder:
 
 
 class _Model(native.Model):
-    """The library's picture of the model; keeps the arrays alive whose addresses it holds."""
+    """The library's picture of the model; keeps the arrays alive whose addresses it holds.
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, npt.NDArray[Any]], weight_format: Format) -> None:
+    share: of the experts, which this engine computes; None is all. The arrays have all of them, but are a file that the
+    engines of a host map together: the share is what this engine reads of it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: dict[str, npt.NDArray[Any]],
+        weight_format: Format,
+        share: ExpertShare | None = None,
+    ) -> None:
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         num_qkv = heads + 2 * config.num_kv_heads * config.head_dim
 
-        def address(name: str) -> int | None:
-            return tensors[name].ctypes.data if name in tensors else None
+        def address(name: str, first: int = 0) -> int | None:
+            return tensors[name][first:].ctypes.data if name in tensors else None
 
-        def linear(name: str, num_outputs: int, num_inputs: int, format: Format = weight_format) -> native.Linear:
+        def linear(
+            name: str, num_outputs: int, num_inputs: int, format: Format = weight_format, first_expert: int = 0
+        ) -> native.Linear:
             return native.Linear(
-                weights=address(f"{name}.weight"),
-                scales=address(f"{name}.scales"),
+                weights=address(f"{name}.weight", first_expert),
+                scales=address(f"{name}.scales", first_expert),
                 bias=address(f"{name}.bias"),
                 num_outputs=_padded(num_outputs),
                 num_inputs=num_inputs,
@@ -199,6 +234,7 @@ class _Model(native.Model):
             return native.Experts(
                 router=linear(f"{name}.router", experts.num_experts, hidden, "float32"),
                 num_experts=experts.num_experts,
+                num_held=experts.num_experts if share is None else len(share),
                 num_experts_per_token=experts.num_experts_per_token,
                 normalizes=experts.normalizes,
             )
@@ -209,11 +245,12 @@ class _Model(native.Model):
             experts = config.experts_of(i)
             mlp = f"{name}.experts" if experts else name
             inner = _padded(experts.intermediate_size if experts else config.intermediate_size)
+            first = share.first if experts and share else 0
             layers[i] = native.Layer(
                 qkv=linear(f"{name}.qkv", num_qkv, hidden),
                 output=linear(f"{name}.o", hidden, heads),
-                gate_up=linear(f"{mlp}.gate_up", 2 * inner, hidden),
-                down=linear(f"{mlp}.down", hidden, inner),
+                gate_up=linear(f"{mlp}.gate_up", 2 * inner, hidden, first_expert=first),
+                down=linear(f"{mlp}.down", hidden, inner, first_expert=first),
                 experts=how_to_route(name, experts) if experts else native.Experts(),
                 input_norm=address(f"{name}.input_norm"),
                 post_attention_norm=address(f"{name}.post_attention_norm"),

@@ -16,6 +16,7 @@ from asyncscale.engine.verification import find_kept, sample_points
 from asyncscale.errors import ModelLoadError
 from asyncscale.messages import TokenLogprobs
 from asyncscale.model.decoder import Report, StepTokens, make_decoder
+from asyncscale.model.expert_exchange import RowGroup
 from asyncscale.model.numpy_sampling import make_sampling_kernels
 from asyncscale.model.rope import RotaryEmbedding
 from asyncscale.model.sampler import Sampler
@@ -34,12 +35,15 @@ class ModelRunner:
         runner = ModelRunner(spec, progress=lambda stage, fraction: ...)
         result = runner.execute(batch)
 
+    group: the engines that the model's experts are dealt out to, where they are: `execute` and `execute_dummy` are then
+    collective, once the group has joined, and may raise CollectiveError; such a step has made nothing, and may be made
+    again. Until the group has joined, results mean nothing where experts are missing.
     decoder, sampler: what it is made of.
     supports_prefix_caching: whether keys and values depend on nothing but the tokens up to their own.
     Raises ModelLoadError where the checkpoint cannot be read or there is not enough memory.
     """
 
-    def __init__(self, spec: EngineSpec, progress: Report | None = None) -> None:
+    def __init__(self, spec: EngineSpec, progress: Report | None = None, group: RowGroup | None = None) -> None:
         if not isinstance(spec.model, CheckpointFiles):
             raise TypeError(f"ModelRunner computes checkpoints, not {type(spec.model).__name__}")
         report = progress or (lambda stage, fraction: None)
@@ -48,13 +52,14 @@ class ModelRunner:
         self.vocab_size = model.vocab_size
         self.max_model_len = _max_model_len(config, model)
         self.supports_prefix_caching = self.max_model_len <= _longest_shared_prefix(model)
-        self.decoder = make_decoder(spec, spec.model, model, self.max_model_len, report)
+        self.decoder = make_decoder(spec, spec.model, model, self.max_model_len, report, group)
         self.dtype = self.decoder.dtype
         self.num_blocks = self.decoder.num_blocks
         self.token_cost = self.decoder.token_cost
         self._rotary = RotaryEmbedding(model.rope, model.head_dim, self.decoder.rope_factors)
         self.sampler = Sampler(config.max_num_seqs, self.vocab_size, make_sampling_kernels(self.vocab_size))
         self._prompt_logprobs: dict[int, int] = {}
+        self._no_tokens = Batch(SequenceTable(1, 1, config.block_size), np.empty(0, np.int32), np.empty(0, np.int32))
         report("warm-up", 0.0)
         self._warm_up(config)
         report("warm-up", 1.0)
@@ -105,6 +110,11 @@ class ModelRunner:
             sampled = self.sampler.sample(logits, points.rows, batch.table, points.positions)
         kept = find_kept(batch, points, sampled.token_ids)
         return StepResult(points.rows[kept], sampled.token_ids[kept], sampled.logprobs, of_prompts, sampled.errors)
+
+    def execute_dummy(self, meanwhile: Callable[[], None]) -> None:
+        """Take part in a step of the group without a batch: compute what others send to the experts here."""
+        meanwhile()
+        self.forward(self._no_tokens)
 
     def forward(self, batch: Batch) -> None:
         """Compute the batch's tokens, for `decoder.logits` of any of them."""

@@ -16,7 +16,7 @@ void* asyncscale_team_new(int64_t);
 void asyncscale_team_delete(void*);
 int64_t asyncscale_block_bytes(const Cache*);
 int64_t asyncscale_workspace_bytes(const Model*, int64_t, int64_t, int64_t);
-void asyncscale_forward(const Model*, const Cache*, const Step*, void*);
+int64_t asyncscale_forward(const Model*, const Cache*, const Step*, void*);
 void asyncscale_logits(const Model*, const Step*, const int64_t*, int64_t, float*, void*);
 void asyncscale_best(const Model*, const Step*, const int64_t*, int64_t, int64_t, float*, int32_t*, float*, int64_t*, void*);
 int64_t asyncscale_sampling_scratch_bytes(int64_t);
@@ -101,6 +101,25 @@ struct Shape {
   int64_t experts = 0, experts_per_token = 0;
 };
 
+// An engine's exchange with itself, which fails when num_exchanges is used up.
+Exchange exchange;
+Buffers* exchange_buffers;
+int64_t num_exchanges, num_received;
+
+int64_t send(const float* rows, int64_t num_words, const int64_t* first_rows, int64_t num_experts, int64_t room_words) {
+  const int64_t num_rows = num_received = first_rows[num_experts];
+  exchange.received_first = exchange_buffers->of(std::vector<int64_t>(first_rows, first_rows + num_experts + 1));
+  exchange.received = exchange_buffers->of(std::vector<float>(rows, rows + num_rows * num_words));
+  exchange.room = static_cast<float*>(exchange_buffers->bytes(num_rows * room_words * 4));
+  return num_exchanges-- > 0;
+}
+
+int64_t send_back(const float* results, int64_t num_words) {
+  const int64_t num_rows = num_received;
+  exchange.results = exchange_buffers->of(std::vector<float>(results, results + num_rows * num_words));
+  return num_exchanges-- > 0;
+}
+
 // Two sequences: one chunk after a first one, and a single token beside it.
 bool run_decoder(const Shape& shape, int64_t format, int64_t cache_format, int64_t num_threads, float spoilt) {
   Buffers buffers;
@@ -124,7 +143,7 @@ bool run_decoder(const Shape& shape, int64_t format, int64_t cache_format, int64
     layer.output = make_linear(buffers, shape.hidden, heads_size, format, shape.extras);
     if (shape.experts) {
       layer.experts = {make_linear(buffers, shape.experts, shape.hidden, kFloat32, false), shape.experts,
-                       shape.experts_per_token, shape.extras};
+                       shape.experts, shape.experts_per_token, shape.extras};
       layer.gate_up = make_experts(buffers, shape.experts, 2 * inner, shape.hidden, format);
       layer.down = make_experts(buffers, shape.experts, shape.hidden, inner, format);
     } else {
@@ -177,8 +196,18 @@ bool run_decoder(const Shape& shape, int64_t format, int64_t cache_format, int64
     step.hidden = static_cast<float*>(buffers.bytes(num_tokens * round_up(shape.hidden, kLanes) * 4));
     step.workspace = static_cast<char*>(buffers.bytes(asyncscale_workspace_bytes(&model, num_tokens, most_tokens, num_threads)));
     step.ticks = buffers.of(std::vector<uint64_t>{0});
-    step.durations = buffers.of(std::vector<uint64_t>(14));
-    asyncscale_forward(&model, &cache, &step, team);
+    step.durations = buffers.of(std::vector<uint64_t>(16));
+    if (shape.experts && num_threads > 1) {
+      exchange = {send, send_back, nullptr, nullptr, nullptr, nullptr, 0};
+      exchange_buffers = &buffers;
+      step.exchange = &exchange;
+      for (num_exchanges = 0; num_exchanges < 4;) {
+        const int64_t most = num_exchanges;
+        if (asyncscale_forward(&model, &cache, &step, team)) std::abort();
+        num_exchanges = most + 1;
+      }
+    }
+    if (!asyncscale_forward(&model, &cache, &step, team)) std::abort();
     const int64_t* indices = buffers.of(std::vector<int64_t>{num_tokens - 1, 0});
     auto* logits = static_cast<float*>(buffers.bytes(2 * model.head.num_outputs * 4));
     asyncscale_logits(&model, &step, indices, 2, logits, team);

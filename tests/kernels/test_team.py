@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from group_of_threads import GroupOfThreads
 from tiny_models import ISAS, Model, random_weights, tiny
 
 from asyncscale.kernels.library import PHASES, load_library
@@ -26,7 +27,8 @@ def test_a_step_counts_its_ticks_and_where_its_time_went(
     # Every other layer has experts.
     sizes = {"num_experts": 3, "num_experts_per_tok": 2, "decoder_sparse_step": 2}
     config = tiny(architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=7, **sizes)
-    model = make_model(isa, config, random_weights(config), threads=threads)
+    [member] = GroupOfThreads(1).members  # so that rows are exchanged, with itself
+    model = make_model(isa, config, random_weights(config), threads=threads, group=member)
     path = str(tmp_path / "progress")
     make_file(path)
     model.decoder.progress = Progress(path)

@@ -56,6 +56,8 @@ class Model:
         model.start(row, token_ids, blocks)        # blocks: of the cache, for all its tokens
         logits = model.step({row: 5, other: 1})    # so many tokens of each, those not computed yet
 
+    num_steps: that were made so far.
+
     All memory that it may use is filled with bytes of 255 at first, which are no numbers in any format.
     """
 
@@ -63,6 +65,7 @@ class Model:
         self.decoder = decoder
         self.num_blocks = decoder.num_blocks
         self.block_size = block_size
+        self.num_steps = 0
         self._table = SequenceTable(NUM_ROWS, MAX_LEN, block_size)
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, None)
         decoder._cache_memory[:] = 255
@@ -92,7 +95,14 @@ class Model:
         self.decoder.forward(StepTokens(batch, token_ids, positions, of_tokens, cos, sin))
         logits = self.decoder.logits(np.arange(len(positions))).copy()
         self._table.num_computed_tokens[rows] += new
+        self.num_steps += 1
         return dict(zip(counts, np.split(logits, np.cumsum(new)[:-1]), strict=True))
+
+    def step_without_tokens(self) -> None:
+        none = np.empty(0, np.int32)
+        cos, sin = self._rotary.cos_sin(none, none)
+        self.decoder.forward(StepTokens(Batch(self._table, none, none), none, none, none, cos, sin))
+        self.num_steps += 1
 
     def run(self, sequences: dict[int, Sequence[int]], chunks: Callable[[int], int], seed: int = 0) -> dict[int, Array]:
         """The logits of whole sequences, computed side by side in blocks at random; chunks(row): how many at a time.

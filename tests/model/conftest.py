@@ -14,6 +14,7 @@ import transformers
 from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch, SequenceTable, StepResult
 from asyncscale.engine.request import Request
+from asyncscale.model.expert_exchange import RowGroup
 from asyncscale.model.runner import ModelRunner
 from asyncscale.params import Sampling
 
@@ -132,16 +133,17 @@ def save(tmp_path: Path) -> Callable[..., CheckpointFiles]:
 
 @pytest.fixture
 def make_runner() -> Callable[..., ModelRunner]:
-    """A float32 runner of checkpoint files; keywords go to EngineConfig."""
+    """A float32 runner of checkpoint files; keywords go to EngineConfig, but for `group`."""
 
-    def make(files: CheckpointFiles, **config: Any) -> ModelRunner:
+    def make(files: CheckpointFiles, group: RowGroup | None = None, **config: Any) -> ModelRunner:
         options: dict[str, Any] = {"dtype": "float32", "block_size": BLOCK_SIZE, "num_kv_blocks": 512}
         options |= {"threads_per_engine": 1} | config
         return ModelRunner(
             EngineSpec(
                 engine_id=0, incarnation=0, num_engines=1, folder="", model=files,
                 config=EngineConfig(**options),
-            )
+            ),
+            group=group,
         )  # fmt: skip
 
     return make

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from group_of_threads import GroupOfThreads, Member
 
 from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch, SequenceTable
@@ -227,3 +228,30 @@ def test_usable_cpus_are_divided_over_engines(
     config = EngineConfig(dtype="float32", block_size=BLOCK_SIZE, num_kv_blocks=8)
     spec = EngineSpec(engine_id=0, incarnation=0, num_engines=num_engines, folder="", model=files, config=config)
     assert num_threads(spec) == expected
+
+
+def test_a_runner_without_a_batch_computes_for_the_others(
+    make_model: Callable[..., Any], save: Callable[..., CheckpointFiles], make_runner: Callable[..., Any], drive: Any
+) -> None:
+    if load_library() is None:
+        pytest.skip("the kernels were not built")
+    files = save(make_model("Olmoe", num_experts=5, num_experts_per_tok=2, eos_token_id=None))
+    prompts = np.random.default_rng(1).integers(0, 300, (3, 20)).tolist()
+    expected = drive(make_runner(files), 3).generate(prompts, 10, chunk=7)
+    group = GroupOfThreads(2)
+    for member in group.members:
+        member.joined = False  # they warm up, each when it is ready
+    runners = [make_runner(files, group=member) for member in group.members]
+    for member in group.members:
+        member.joined = True
+    others_work: list[int] = []
+
+    def generate(member: Member) -> list[list[int]]:
+        return drive(runners[0], 3).generate(prompts, 10, chunk=7)
+
+    def help_out(member: Member) -> None:
+        for _ in range(3 + 9):  # steps of the prompts, the last of which gives a token, and of the others
+            runners[1].execute_dummy(lambda: others_work.append(member.engine_id))
+
+    assert group.run_each([generate, help_out])[0] == expected
+    assert others_work == [1] * 12

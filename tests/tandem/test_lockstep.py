@@ -20,8 +20,10 @@ from asyncscale.tandem.client import ClientWaves
 from asyncscale.tandem.coordinator import CoordinatorWaves
 from asyncscale.tandem.core import CollectiveError, TandemCore
 from asyncscale.tandem.engine import EngineWaves
-from asyncscale.tandem.lockstep import Lockstep, LockstepMember, LockstepRunner, SteppedAloneError
+from asyncscale.tandem.lockstep import LockstepGroup, LockstepRunner, SteppedAloneError
+from asyncscale.tandem.meeting import Meeting, close_meeting, open_meeting
 from asyncscale.tandem.messages import FromTandemEngine, GroupState, Paused
+from asyncscale.transport import choose_runtime_folder, make_runtime_folder, remove_runtime_folder
 
 MODEL = SimulatedModel(base_ms=0, decode_us=0, prefill_us=0, vocab_size=1000)
 CONFIG = EngineConfig(max_num_seqs=4, max_model_len=512, num_kv_blocks=400, max_num_batched_tokens=64)
@@ -41,9 +43,10 @@ class Engine:
         self.inbox: SimpleQueue[GroupState | Add | None] = SimpleQueue()
         self.steps_to_live: int | None = None
         self._group = group
-        runner = LockstepRunner(MODEL, CONFIG, group.lockstep.member(engine_id))
+        self._lockstep = LockstepGroup(group.folder, engine_id, group.num_engines, timeout=group.timeout)
+        runner = LockstepRunner(MODEL, CONFIG, self._lockstep)
         self._core = EngineCore(runner, CONFIG)
-        self.tandem = TandemCore(self._core, runner, runner.member, waves)
+        self.tandem = TandemCore(self._core, runner, self._lockstep, waves)
         self.thread = threading.Thread(target=self._run, name=f"engine {engine_id}")
         self.thread.start()
 
@@ -57,8 +60,9 @@ class Engine:
                 if report is not None:
                     self._group.events.put((self.engine_id, report))
         except BaseException as error:
-            self._group.lockstep.end(self.tandem.position[0])  # as the connections of a process that ends
             self._group.events.put((self.engine_id, error))
+        finally:
+            self._lockstep.leave()  # as a process that ends
 
     def _take(self) -> bool:
         """All that has arrived; blocks while the engine pauses. False at the end."""
@@ -98,23 +102,36 @@ class Received:
 class Group:
     """Engines, and in the test's own thread their coordinator, supervisor and client."""
 
-    def __init__(self, num_engines: int, make_waves: Callable[[int], EngineWaves], timeout: float) -> None:
+    def __init__(self, folder: str, num_engines: int, make_waves: Callable[[int], EngineWaves], timeout: float) -> None:
+        self.folder = folder
+        self.num_engines = num_engines
+        self.timeout = timeout
         self.make_waves = make_waves
         self.events: SimpleQueue[tuple[int, FromTandemEngine | Outputs | BaseException]] = SimpleQueue()
-        self.lockstep = Lockstep(num_engines, timeout)
         self.coordinator = CoordinatorWaves(num_engines)
         self.client = ClientWaves()
         self.requests: dict[int, Received] = {}
         self.num_deaths = 0
+        self._meeting = 0  # the generation that meets
         self.engines = {i: Engine(i, self, make_waves(i)) for i in range(num_engines)}
         for engine_id in range(num_engines):
             self.send(self.coordinator.engine_joined(engine_id))
 
     def send(self, state: GroupState | None) -> None:
         if state is not None:
+            self._keep_meeting(state)
             for engine in self.engines.values():
                 engine.inbox.put(state)
             self.client.on_group_state(state)
+
+    def _keep_meeting(self, state: GroupState) -> None:
+        is_met = state.whole and state.generation == self._meeting
+        if self._meeting and not is_met:
+            close_meeting(self.folder, self._meeting)
+            self._meeting = 0
+        if state.whole and not is_met:
+            open_meeting(self.folder, state.generation)
+            self._meeting = state.generation
 
     def request(self, engine_id: int, num_tokens: int) -> None:
         request_id = len(self.requests)
@@ -150,7 +167,6 @@ class Group:
         """Its requests go to another engine, from their beginning."""
         self.num_deaths += 1
         self.send(self.coordinator.engine_died(dead))
-        self.lockstep.end(self.coordinator.state.generation)
         for received in self.requests.values():
             if received.engine_id == dead and received.finished is None:
                 received.engine_id, received.token_ids = 1 - dead, []
@@ -181,7 +197,15 @@ class Group:
 
 
 @pytest.fixture
-def make_group() -> Iterator[Callable[..., Group]]:
+def folder() -> Iterator[str]:
+    path = choose_runtime_folder()
+    make_runtime_folder(path)
+    yield path
+    remove_runtime_folder(path)
+
+
+@pytest.fixture
+def make_group(folder: str) -> Iterator[Callable[..., Group]]:
     groups: list[Group] = []
 
     def make(
@@ -189,7 +213,7 @@ def make_group() -> Iterator[Callable[..., Group]]:
         make_waves: Callable[[int], EngineWaves] = lambda engine_id: EngineWaves(4),
         timeout: float = WAIT_S,
     ) -> Group:
-        groups.append(Group(num_engines, make_waves, timeout))
+        groups.append(Group(folder, num_engines, make_waves, timeout))
         return groups[-1]
 
     yield make
@@ -271,24 +295,25 @@ def test_an_engine_that_steps_alone_fails_the_test(make_group: Callable[..., Gro
 def test_engines_that_are_out_of_step_fail_the_test(make_group: Callable[..., Group]) -> None:
     group = make_group(make_waves=lambda engine_id: EngineWaves(3 + engine_id))
     group.request(0, 20)
-    with pytest.raises(SteppedAloneError, match="'any'"):
+    with pytest.raises(SteppedAloneError, match="any"):
         group.wait_done()
 
 
-def test_who_waits_in_a_generation_that_ends_is_told() -> None:
-    lockstep = Lockstep(2)
+def test_who_waits_in_a_generation_that_ends_is_told(folder: str) -> None:
     errors: SimpleQueue[Exception] = SimpleQueue()
 
-    def join(member: LockstepMember) -> None:
+    def join(group: LockstepGroup) -> None:
         try:
-            member.join(1)
+            group.join(1)
         except CollectiveError as error:
             errors.put(error)
 
-    thread = threading.Thread(target=join, args=[lockstep.member(0)])
+    open_meeting(folder, 1)
+    thread = threading.Thread(target=join, args=[LockstepGroup(folder, 0, 2)])
     thread.start()
-    lockstep.end(1)
+    Meeting(folder, 1).get("listening")
+    close_meeting(folder, 1)
     assert "generation 1 is over" in str(errors.get(timeout=WAIT_S))
     thread.join()
-    with pytest.raises(CollectiveError):
-        lockstep.member(1).join(1)
+    with pytest.raises(CollectiveError, match="generation 1 is over"):
+        LockstepGroup(folder, 1, 2).join(1)
