@@ -150,6 +150,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
 
+def step_in_tandem(model: ModelSource, config: EngineConfig, num_engines: int) -> bool:
+    """Whether such engines compute each step together."""
+    is_spread = model.lockstep if isinstance(model, SimulatedModel) else config.enable_expert_parallel
+    return is_spread and num_engines > 1
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that one engine process needs to know. `incarnation` counts its restarts: each has an address of its own.
 
@@ -174,8 +180,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def in_tandem(self) -> bool:
         """Whether the engines step together."""
-        is_spread = self.model.lockstep if isinstance(self.model, SimulatedModel) else self.config.enable_expert_parallel
-        return is_spread and self.num_engines > 1
+        return step_in_tandem(self.model, self.config, self.num_engines)
 
     @property
     def name(self) -> str:

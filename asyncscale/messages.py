@@ -17,6 +17,7 @@ from asyncscale.address import parse, shown
 from asyncscale.config import ModelSource
 from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
 from asyncscale.params import Sampling
+from asyncscale.tandem.messages import Broken, GroupState, Paused, Wake
 
 PROTOCOL_VERSION = 1
 
@@ -93,8 +94,11 @@ def fair_share(capacity: int, client: bytes, clients: Collection[bytes]) -> int:
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """What an engine learned while it loaded its model. pid: of its process, on its host. weight_version: that it has
-    loaded."""
+    """What an engine learned while it loaded its model.
+
+    pid: of its process, on its host. in_tandem: it computes together with all others, and only when they are all there.
+    weight_version: of the weights that it has loaded.
+    """
 
     vocab_size: Positive
     max_model_len: Positive
@@ -104,6 +108,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     dtype: str
     load_s: float
     pid: Positive | None = None
+    in_tandem: bool = False
     weight_version: Count = 0
 
 
@@ -281,10 +286,14 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The engine cannot start. model_error: the message of a ModelLoadError, when it was one."""
+    """The engine cannot start, or go on. model_error: the message of a ModelLoadError, when it was one.
+
+    is_final: it is not to be started again.
+    """
 
     traceback: str
     model_error: str | None = None
+    is_final: bool = False
 
 
 class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
@@ -305,13 +314,16 @@ class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
     error: _LogText | None = None
 
 
-FromEngineProcess = Loading | Ready | Failed | Logged
+FromEngineProcess = Loading | Ready | Failed | Logged | Paused | Broken
 
 
 class LogLevels(msgspec.Struct, frozen=True, array_like=True, tag="log-levels"):
     """From the owner: from which level on it wants to hear of which loggers."""
 
     levels: dict[str, int]
+
+
+ToEngineProcess = LogLevels | GroupState
 
 
 # --- front end to the process that started it
@@ -374,11 +386,15 @@ class Detach(msgspec.Struct, frozen=True, array_like=True, tag="detach"):
 
 
 class CollectiveCall(msgspec.Struct, frozen=True, array_like=True, tag="collective-call"):
-    """Run a registered method once on every engine. Calls of all clients reach all engines in one order."""
+    """Run a registered method once on every engine. Calls of all clients reach all engines in one order.
+
+    lockstep: between the same two steps of all of them.
+    """
 
     call_id: int
     method: str
     args: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALL_ARGS)]
+    lockstep: bool = False
 
 
 class MetricsReport(msgspec.Struct, frozen=True, array_like=True, tag="metrics-report"):
@@ -399,7 +415,7 @@ class MetricsQuery(msgspec.Struct, frozen=True, array_like=True, tag="metrics-qu
     fresh: bool
 
 
-ToCoordinator = Attach | Detach | CollectiveCall | MetricsReport | MetricsQuery
+ToCoordinator = Attach | Detach | CollectiveCall | MetricsReport | MetricsQuery | Wake
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
@@ -426,6 +442,8 @@ class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     """Answer to Attach: the model, every engine with its counts, and those that died and are not back.
 
+    group: of engines in tandem.
+
     Sent again to a client that could not be told of every change; it replaces what the client knew.
     """
 
@@ -433,6 +451,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     model: ModelSource
     members: list[Member]
     left: list[Left] = []
+    group: GroupState | None = None
 
 
 class Counts(msgspec.Struct, frozen=True, array_like=True, tag="counts"):
@@ -475,7 +494,9 @@ class MetricsAnswer(msgspec.Struct, frozen=True, array_like=True, tag="metrics-a
     clients: dict[str, RequestRows]
 
 
-FromCoordinator = Welcome | Joined | Left | Counts | CollectiveResult | MetricsRound | MetricsAnswer | Farewell
+FromCoordinator = (
+    Welcome | Joined | Left | Counts | CollectiveResult | MetricsRound | MetricsAnswer | Farewell | GroupState
+)
 
 
 Message = TypeVar("Message")
@@ -494,7 +515,7 @@ encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 from_engine_process_decoder: msgspec.msgpack.Decoder[FromEngineProcess] = msgspec.msgpack.Decoder(FromEngineProcess)
-log_levels_decoder: msgspec.msgpack.Decoder[LogLevels] = msgspec.msgpack.Decoder(LogLevels)
+to_engine_process_decoder: msgspec.msgpack.Decoder[ToEngineProcess] = msgspec.msgpack.Decoder(ToEngineProcess)
 from_frontend_decoder: msgspec.msgpack.Decoder[FromFrontend] = msgspec.msgpack.Decoder(FromFrontend)
 to_coordinator_decoder: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 from_coordinator_decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)

@@ -13,12 +13,15 @@ import zmq
 
 from asyncscale import messages, transport
 from asyncscale.address import TcpBinding
+from asyncscale.client.collective_calls import CollectiveCalls
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.loop_socket import LoopSocket
 from asyncscale.client.metrics_hub import MetricsHub
 from asyncscale.client.roster import Roster
+from asyncscale.client.tandem_hub import TandemHub
 from asyncscale.config import ModelSource
 from asyncscale.metrics.request_counters import client_id
+from asyncscale.tandem.messages import GroupState, Wake
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +54,9 @@ class Coordinator:
     """Tells every client who is in the roster, and the newest loads: all of it at once when it attaches, then changes.
 
     Each client is sent its own share in the counts (`Load.mine`), so the same report means something else to each.
-    dispatcher: the owner's own; what it hears of the engines' loads is passed on, and calls of all clients go through
-    it, so that all engines get them in one order. tcp: where to listen; None: in `folder`. metrics: is told of clients,
-    and they are told what it knows.
+    dispatcher: the owner's own; what it hears of the engines' loads is passed on. calls: all clients' go through it, so
+    that all engines get them in one order. tcp: where to listen; None: in `folder`. metrics: is told of clients, and
+    they are told what it knows. tandem: so is this, if the engines step together.
     """
 
     def __init__(
@@ -65,7 +68,11 @@ class Coordinator:
         dispatcher: Dispatcher,
         tcp: TcpBinding | None = None,
         metrics: MetricsHub | None = None,
+        calls: CollectiveCalls | None = None,
+        tandem: TandemHub | None = None,
     ) -> None:
+        self._collective_calls = calls or CollectiveCalls(dispatcher, tandem)
+        self._tandem = tandem
         self._metrics = metrics or MetricsHub(dispatcher.counters)
         self._metrics.ask = self._ask_all
         self._loop = asyncio.get_running_loop()
@@ -112,6 +119,10 @@ class Coordinator:
                 self._publishing = self._loop.call_at(self._next_publish, self._publish)
             else:
                 self._publishing = self._loop.call_soon(self._publish)
+
+    def tell_group(self, state: GroupState) -> None:
+        """Engines in tandem run, or pause."""
+        self._tell_all(state)
 
     def close(self) -> None:
         """Tell every client that the engines end, and close the socket. Idempotent."""
@@ -181,7 +192,8 @@ class Coordinator:
             msgspec.structs.replace(member, load=self._load_for(identity, member.engine_id))
             for member in self._roster.members
         ]
-        return messages.Welcome(messages.PROTOCOL_VERSION, self._model, members, self._roster.left)
+        group = self._tandem.state if self._tandem else None
+        return messages.Welcome(messages.PROTOCOL_VERSION, self._model, members, self._roster.left, group)
 
     def _send(self, identity: bytes, message: messages.FromCoordinator) -> bool:
         """Whether it was sent. A client that is gone is forgotten; one that does not read must be sent it later."""
@@ -223,6 +235,8 @@ class Coordinator:
                 self._metrics.on_report(identity, report)
             case messages.MetricsQuery() as query:
                 self._query(identity, query)
+            case Wake() as wake if self._tandem is not None:
+                self._tandem.on_wake(wake)
 
     def _attach(self, identity: bytes, version: int) -> None:
         self._send(identity, self._welcome(identity))
@@ -249,7 +263,8 @@ class Coordinator:
             refusals = [messages.EngineResult(member.engine_id, error=error) for member in self._roster.members]
             self._send(identity, messages.CollectiveResult(call.call_id, refusals))
             return
-        self._start(self._answer(identity, call, self._dispatcher.call(call.method, call.args)))
+        results = self._collective_calls.start(call.method, call.args, lockstep=call.lockstep)
+        self._start(self._answer(identity, call, results))
 
     def _start(self, answering: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(answering)

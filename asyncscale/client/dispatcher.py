@@ -65,6 +65,7 @@ class Dispatcher:
         self._mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._load_waiters: set[asyncio.Future[None]] = set()
         self._stranded: dict[int, dict[RequestStream, None]] = {}  # pinned to an engine that will return, in order
+        self.on_request_sent: Callable[[], None] | None = None  # where engines may have to be woken for it
         self.on_unreachable: Callable[[messages.Member], None] = lambda member: None  # it is dead, and nobody said so
 
     # --- engines
@@ -397,6 +398,8 @@ class Dispatcher:
         for message in request.messages():
             self._fleet[engine_id].send(message)
             self._router.sent(engine_id, message.n, message.n * message.weight)
+        if self.on_request_sent is not None:
+            self.on_request_sent()
         request.engine_id = engine_id
         request.scores = scores
         if request.first_token_at is None:

@@ -48,7 +48,7 @@ class EngineProcess:
     def pid(self) -> int | None:
         return self.process.pid
 
-    def tell(self, message: messages.LogLevels) -> None:
+    def tell(self, message: messages.ToEngineProcess) -> None:
         """Send the process a message over its lifeline."""
         with contextlib.suppress(OSError):  # it has just ended
             self.lifeline.send_bytes(messages.encoder.encode(message))

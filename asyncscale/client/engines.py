@@ -18,6 +18,7 @@ import zmq
 
 from asyncscale import messages, transport
 from asyncscale.address import shown
+from asyncscale.client.collective_calls import CollectiveCalls
 from asyncscale.client.coordinator import Coordinator
 from asyncscale.client.dispatcher import Dispatcher
 from asyncscale.client.engine_process import EngineProcess
@@ -28,9 +29,13 @@ from asyncscale.client.metrics_hub import MetricsHub
 from asyncscale.client.metrics_link import MetricsLink
 from asyncscale.client.roster import Roster
 from asyncscale.client.supervisor import Launch, Supervisor
+from asyncscale.client.tandem_hub import TandemHub
+from asyncscale.client.weight_updates import WeightUpdates
 from asyncscale.config import ModelSource
 from asyncscale.errors import AsyncScaleError, ClientClosedError, EngineError
 from asyncscale.metrics.snapshot import Counts
+from asyncscale.tandem.client import ClientWaves
+from asyncscale.tandem.messages import FromTandemEngine, GroupState
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +59,13 @@ class Engines(Protocol):
     async def start(self) -> None:
         """Return when the engines are ready."""
 
-    async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
-        """Run a method once on every engine, in one order with all other clients' calls."""
+    async def call(
+        self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False
+    ) -> list[messages.EngineResult]:
+        """Run a method once on every engine, in one order with all other clients' calls.
+
+        lockstep: while none of them computes.
+        """
 
     def counts(self) -> Counts:
         """What engines and clients have counted, as far as is known here. From any thread."""
@@ -83,11 +93,27 @@ class OwnedEngines:
         self.roster = Roster(dispatcher)
         self._dispatcher = dispatcher
         self._metrics = MetricsHub(dispatcher.counters)
-        self.supervisor = Supervisor(launch, self._on_ready, self._on_death)
+        self.supervisor = Supervisor(launch, self._on_ready, self._on_death, self._on_report)
+        folder = self.supervisor.folder
+        self._tandem: TandemHub | None = None
+        if launch.in_tandem:
+            self._tandem = TandemHub(len(launch.places), folder, self.supervisor.tell_all, self._tell_clients)
+            dispatcher.on_request_sent = self._tandem.request_sent
+        self._calls = CollectiveCalls(dispatcher, self._tandem)
+        weights = WeightUpdates(self.model, self.supervisor, self._calls.start)
+        self._calls.own_methods["update_weights"] = weights.run
         try:
             self.supervisor.spawn()
             self._coordinator = Coordinator(
-                context, self.supervisor.folder, self.model, self.roster, dispatcher, launch.tcp, self._metrics
+                context,
+                folder,
+                self.model,
+                self.roster,
+                dispatcher,
+                launch.tcp,
+                self._metrics,
+                self._calls,
+                self._tandem,
             )
         except BaseException:
             self.supervisor.abandon()
@@ -98,9 +124,11 @@ class OwnedEngines:
         """Wait until all engines are ready. Raises EngineStartError or ModelLoadError; then they are to be stopped."""
         await self.supervisor.wait_ready()
 
-    async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
+    async def call(
+        self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False
+    ) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls."""
-        return await self._dispatcher.call(method, args)
+        return await self._calls.start(method, args, lockstep=lockstep)
 
     def counts(self) -> Counts:
         """What engines have counted until now, and clients as far as they have said."""
@@ -113,6 +141,7 @@ class OwnedEngines:
 
     async def stop(self) -> None:
         """End all engines."""
+        self._calls.close()
         self._coordinator.close()
         await self.supervisor.stop()
 
@@ -130,6 +159,16 @@ class OwnedEngines:
             )
         )
 
+        if self._tandem is not None:
+            self._tandem.engine_joined(spec.engine_id)
+
+    def _on_report(self, report: FromTandemEngine) -> None:
+        if self._tandem is not None:
+            self._tandem.on_report(report)
+
+    def _tell_clients(self, state: GroupState) -> None:
+        self._coordinator.tell_group(state)
+
     @property
     def num_malformed(self) -> int:
         """Messages of attached clients that were dropped because they made no sense."""
@@ -137,6 +176,8 @@ class OwnedEngines:
 
     def _on_death(self, engine: EngineProcess, error: EngineError, returns: bool) -> None:
         self._metrics.engines.down(engine.engine_id, hung=engine.hung)
+        if self._tandem is not None:
+            self._tandem.engine_died(engine.engine_id)
         self._coordinator.leave(
             messages.Left(
                 engine.engine_id,
@@ -162,6 +203,7 @@ class AttachedEngines:
         self._welcome: asyncio.Future[messages.Welcome] = self._loop.create_future()
         self.roster = Roster(dispatcher)
         dispatcher.on_unreachable = self._on_unreachable
+        self._waves: ClientWaves | None = None  # of engines that step together
         self._calls: dict[int, asyncio.Future[list[messages.EngineResult]]] = {}
         self._ended: AsyncScaleError | None = None  # why there will be no more answers
         self._call_ids = itertools.count()
@@ -202,12 +244,14 @@ class AttachedEngines:
         """Messages of the coordinator that were dropped because they made no sense."""
         return self._num_malformed
 
-    async def call(self, method: str, args: Sequence[msgspec.Raw]) -> list[messages.EngineResult]:
+    async def call(
+        self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False
+    ) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls: the coordinator's."""
         if self._ended is not None:
             raise fresh(self._ended)
         call_id = next(self._call_ids)
-        self._send(messages.CollectiveCall(call_id, method, list(args)))
+        self._send(messages.CollectiveCall(call_id, method, list(args), lockstep))
         future: asyncio.Future[list[messages.EngineResult]] = self._loop.create_future()
         self._calls[call_id] = future
         try:
@@ -267,6 +311,8 @@ class AttachedEngines:
                 self._metrics.on_round(round_id)
             case messages.MetricsAnswer() as answer:
                 self._metrics.on_answer(answer)
+            case GroupState() as state:
+                self._on_group_state(state)
             case messages.Farewell():
                 self._owner_left("its owner closed", logging.INFO)
 
@@ -280,10 +326,23 @@ class AttachedEngines:
                 )
             )
             return
+        if welcome.group is not None:
+            self._on_group_state(welcome.group)
         self.roster.replace(welcome.members, welcome.left)
         self._metrics.on_welcome()
         if not self._welcome.done():
             self._welcome.set_result(welcome)
+
+    def _on_group_state(self, state: GroupState) -> None:
+        if self._waves is None:
+            self._waves = ClientWaves()
+            self._dispatcher.on_request_sent = self._request_sent
+        self._waves.on_group_state(state)
+
+    def _request_sent(self) -> None:
+        wake = self._waves.request_sent() if self._waves else None
+        if wake is not None:
+            self._send(wake)
 
     def _on_connection_event(self, frames: list[bytes]) -> None:
         match transport.connection_event(frames):

@@ -54,6 +54,7 @@ class Fleet:
         self._connections: dict[int, EngineConnection] = {}
         self.deaths: dict[int, EngineDeadError] = {}
         self._outages = Outages(restart_timeout, self._on_outage_over)
+        self._in_tandem = False  # each computes only when all are there
         self._watches_loads = False
         self._mode: str | None = None  # the newest of _MODES that the engines were called to
         self.last_death: EngineDeadError | None = None
@@ -79,6 +80,7 @@ class Fleet:
 
     def join(self, member: messages.Member) -> None:
         """The engine takes requests from now on."""
+        self._in_tandem = member.facts.in_tandem
         self._connect(member)
         self._outages.end(member.engine_id)
         self.deaths.pop(member.engine_id, None)
@@ -135,12 +137,14 @@ class Fleet:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether all engines died, and none returns."""
+        """Whether all engines died, and none returns; in tandem, whether one does not."""
+        if self._in_tandem:
+            return any(engine_id not in self._outages for engine_id in self.deaths)
         return not self._connections and not self._outages and self.last_death is not None
 
     def check_hope(self, pinned_engine: int | None) -> None:
         """Raises the EngineDeadError of those engines that could have served a request, when none does or will."""
-        if pinned_engine is None:
+        if pinned_engine is None or self.is_hopeless:
             hope, error = not self.is_hopeless, self.last_death
         else:
             hope, error = self.can_return(pinned_engine), self.deaths.get(pinned_engine)

@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -21,10 +21,11 @@ from asyncscale.client.hang_detector import HangDetector
 from asyncscale.client.placement import Place
 from asyncscale.client.restarts import RestartHistory
 from asyncscale.client.spawn import start_process
-from asyncscale.config import EngineConfig, EngineSpec, ModelSource
+from asyncscale.config import EngineConfig, EngineSpec, ModelSource, step_in_tandem
 from asyncscale.engine.process import run_engine
 from asyncscale.errors import EngineError, EngineStartError, ModelLoadError
 from asyncscale.metrics import engine_counters
+from asyncscale.tandem.messages import Broken, FromTandemEngine, GroupState, Paused
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ LoadingCallback = Callable[[int, str, float], None]
 ReadyCallback = Callable[[EngineProcess, messages.EngineFacts, str | None], None]
 # An engine died; whether it is started again.
 DeathCallback = Callable[[EngineProcess, EngineError, bool], None]
+# An engine that steps together with others pauses, or has lost them.
+ReportCallback = Callable[[FromTandemEngine], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Launch:
 
     places: one for each engine; who is started again goes back there.
     timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done.
-    max_restarts, hang_timeout: see AsyncScaleClient. tcp: where they listen; None: in the private folder.
+    weight_version: how often the weights of `model` were changed. max_restarts, hang_timeout: see AsyncScaleClient. tcp: where they listen; None: in the private folder.
     """
 
     model: ModelSource
@@ -61,6 +64,12 @@ class Launch:
     max_restarts: int
     hang_timeout: float | None
     tcp: TcpBinding | None = None
+    weight_version: int = 0
+
+    @property
+    def in_tandem(self) -> bool:
+        """Whether the engines step together."""
+        return step_in_tandem(self.model, self.config, len(self.places))
 
     @property
     def look_interval(self) -> float:
@@ -77,10 +86,13 @@ class Supervisor:
     each engine ends when its lifeline closes.
     """
 
-    def __init__(self, launch: Launch, on_ready: ReadyCallback, on_death: DeathCallback) -> None:
+    def __init__(
+        self, launch: Launch, on_ready: ReadyCallback, on_death: DeathCallback, on_report: ReportCallback
+    ) -> None:
         self._launch = launch
         self._on_ready = on_ready
         self._on_death = on_death
+        self._on_report = on_report
         self.folder = transport.choose_runtime_folder()
         self._has_folder = False
         self.engines: dict[int, EngineProcess] = {}
@@ -122,6 +134,7 @@ class Supervisor:
             num_engines=len(self._launch.places),
             folder=self.folder,
             model=self._launch.model,
+            weight_version=self._launch.weight_version,
             config=msgspec.structs.replace(self._launch.config, threads_per_engine=place.num_threads),
             tcp=self._launch.tcp,
             cpus=place.cpus,
@@ -159,9 +172,28 @@ class Supervisor:
                 self._logs.take(engine.engine_id, engine.pid, logged, starting=engine.facts is None)
             case messages.Failed() as failure:
                 engine.failure = failure  # raised when it has exited, with its exit code
+            case Paused() | Broken() as report if engine.facts is not None:
+                self._on_report(report)
         return True
 
+    def tell_all(self, message: GroupState) -> None:
+        """Send it to every engine, those that load included."""
+        for engine in self.engines.values():
+            engine.tell(message)
+
+    def use_weights(self, model: ModelSource, version: int) -> None:
+        """For all that start from now on; one that starts already is started once more."""
+        self._launch = replace(self._launch, model=model, weight_version=version)
+
+    def restart(self, engine_id: int, verdict: str) -> None:
+        """Kill an engine, as it cannot go on with what the others do."""
+        if engine_id in self.engines:
+            self.engines[engine_id].kill(verdict)
+
     def _engine_ready(self, engine: EngineProcess, facts: messages.EngineFacts) -> None:
+        if facts.weight_version != self._launch.weight_version:
+            engine.kill(f"(the weights changed to version {self._launch.weight_version} while it started)")
+            return
         engine.facts = facts
         engine.ready_at = self._loop.time()
         self._cancel_timer(engine.engine_id)
@@ -204,7 +236,9 @@ class Supervisor:
         now = self._loop.time()
         ready_at = now if engine.ready_at is None else engine.ready_at
         delay = self._histories[engine_id].died(now - ready_at, ready_at - engine.started_at)
-        if delay is None and self._launch.max_restarts:
+        if engine.failure is not None and engine.failure.is_final:
+            delay = None
+        elif delay is None and self._launch.max_restarts:
             error.args = (f"{error.args[0]}; it is given up after {self._launch.max_restarts} restarts in a row",)
         if engine.facts is None:  # else whoever had heard that it was there says so
             logger.warning("%s", error, extra={"engine_id": engine_id})

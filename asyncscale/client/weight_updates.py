@@ -25,7 +25,7 @@ from asyncscale.errors import AsyncScaleError, EngineDeadError, EngineError, Mod
 
 logger = logging.getLogger(__name__)
 
-METHOD = "update_weights"
+_METHOD = "update_weights"
 
 _LOOK_INTERVAL_S = 0.02
 
@@ -41,12 +41,13 @@ class Engines(Protocol):
 async def update_weights(engines: Engines, path: str | os.PathLike[str], recompute: bool) -> int:
     """Have the owner of these engines change their weights; see `AsyncScaleClient.update_weights`."""
     absolute = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    [result] = await engines.call(METHOD, _encode(absolute, recompute))
+    [result] = await engines.call(_METHOD, _encode(absolute, recompute))
     if result.error is None:
         return msgspec.msgpack.decode(result.value, type=int)
-    kinds: dict[str, type[AsyncScaleError]] = {"EngineDeadError": EngineDeadError, "ModelLoadError": ModelLoadError}
     name, _, text = result.error.partition(": ")
-    raise kinds.get(name, EngineError)(text)
+    if name == ModelLoadError.__name__:
+        raise ModelLoadError(text)
+    raise (EngineDeadError if name == EngineDeadError.__name__ else EngineError)(text, engine_id=result.engine_id)
 
 
 class Starter(Protocol):
@@ -87,28 +88,17 @@ class WeightUpdates:
         self._starter = starter
         self._call = call
         self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[int]] = set()
 
     async def run(self, args: Sequence[msgspec.Raw]) -> Results:
-        """Who is cancelled meanwhile does not stop it: half an update would be worse."""
+        """The result is the new version."""
         try:
             path, recompute = _decode(args)
-            task = asyncio.get_running_loop().create_task(self._update_in_turn(path, recompute))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            version = await asyncio.shield(task)
+            async with self._lock:
+                version = await self._update(path, recompute)
         except AsyncScaleError as error:
-            return [messages.EngineResult(0, error=f"{type(error).__name__}: {error.args[0]}")]
+            engine_id = error.engine_id if isinstance(error, EngineError) else 0
+            return [messages.EngineResult(engine_id, error=f"{type(error).__name__}: {error.args[0]}")]
         return [messages.EngineResult(0, msgspec.Raw(messages.encoder.encode(version)))]
-
-    def close(self) -> None:
-        """The engines end."""
-        for task in self._tasks:
-            task.cancel()
-
-    async def _update_in_turn(self, path: str, recompute: bool) -> int:
-        async with self._lock:
-            return await self._update(path, recompute)
 
     async def _update(self, path: str, recompute: bool) -> int:
         version, started = self._version + 1, time.monotonic()
@@ -194,7 +184,7 @@ def _nobody(results: Results) -> EngineError:
     for result in results:
         kind = EngineDeadError if result.died else EngineError
         return kind(f"no engine has taken the new weights: {result.error}", engine_id=result.engine_id)
-    return EngineDeadError("no engine has taken the new weights: none is there at this moment")
+    return EngineDeadError("no engine has taken the new weights: none is there at this moment", engine_id=0)
 
 
 def _tensor_names(files: Sequence[Path], model: CheckpointFiles) -> frozenset[str]:
@@ -215,4 +205,4 @@ def _decode(args: Sequence[msgspec.Raw]) -> tuple[str, bool]:
     try:
         return msgspec.convert(values, tuple[str, bool])
     except msgspec.ValidationError:
-        raise EngineError(f"{METHOD} takes a path and whether to recompute, got {values!r}") from None
+        raise EngineError(f"{_METHOD} takes a path and whether to recompute, got {values!r}", engine_id=0) from None

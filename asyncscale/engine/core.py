@@ -80,6 +80,7 @@ class EngineCore:
         self._num_arrived = 0
         self._preemptions = PreemptionWatch()
         self._paused = False
+        self._held = False
         self._accepting = True
         self.load_version = 0
         self.methods: dict[str, Callable[..., object]] = {
@@ -89,13 +90,20 @@ class EngineCore:
             "pause": self.pause,
             "drain": self.drain,
             "resume": self.resume,
+            "hold_steps": self.hold_steps,
+            "release_steps": self.release_steps,
             **WeightUpdates(runner, self).methods,
         }
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to hand out."""
-        return (bool(self._clients) and not self._paused) or len(self._outbox) > 0
+        return (bool(self._clients) and not self._rests) or len(self._outbox) > 0
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether there is anything to hand out without a step."""
+        return len(self._outbox) > 0
 
     @property
     def clients(self) -> Collection[bytes]:
@@ -146,9 +154,17 @@ class EngineCore:
 
         meanwhile: is called while the batch is computed, if there is one, or just before.
         """
-        if not self._paused:
+        if not self._rests:
             self._compute(meanwhile)
+        return self.flush()
+
+    def flush(self) -> dict[bytes, Outputs]:
+        """As `step`, but computes nothing: what there is to say of requests, such as that one was refused."""
         return self._outbox.flush(self.load)
+
+    @property
+    def _rests(self) -> bool:
+        return self._paused or self._held
 
     def _compute(self, meanwhile: Callable[[], None]) -> None:
         num_running = self._scheduler.num_running
@@ -208,6 +224,14 @@ class EngineCore:
         self._paused = False
         self._set_accepting(True)
         _log.info("resumed, with %d requests", self._num_alive)
+
+    def hold_steps(self) -> None:
+        """Compute nothing until `release_steps`: for moments, so that other engines' requests need not come here."""
+        self._held = True
+
+    def release_steps(self) -> None:
+        """End that; a pause goes on."""
+        self._held = False
 
     def _set_accepting(self, accepting: bool) -> None:
         if accepting != self._accepting:

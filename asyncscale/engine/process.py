@@ -17,18 +17,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from asyncscale import messages, transport
-from asyncscale.config import EngineSpec, SimulatedModel
+from asyncscale.config import EngineSpec
 from asyncscale.engine.log_relay import ROOT, LogRelay
 from asyncscale.errors import ModelLoadError
 from asyncscale.progress import Progress
+from asyncscale.tandem.collective_errors import SteppedAloneError
+from asyncscale.tandem.member import GroupMember, Mailbox
+from asyncscale.tandem.messages import GroupState
 
 if TYPE_CHECKING:
-    from asyncscale.engine.runner import Runner
+    from asyncscale.engine.server import EngineServer
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,9 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     relay = LogRelay(lifeline)
     relay.set_levels(spec.log_levels)
     logging.getLogger(ROOT).addHandler(relay)
-    watch = threading.Thread(target=_follow_owner, args=(lifeline, spec.folder, relay), name="lifeline", daemon=True)
-    watch.start()
+    mailbox = Mailbox()
+    watched = (lifeline, spec.folder, relay, mailbox)
+    threading.Thread(target=_follow_owner, args=watched, name="lifeline", daemon=True).start()
     _ignore_group_signals()
     while not os.path.exists(spec.progress_path):  # the owner makes it when there are engines to remove the folder
         time.sleep(0.001)
@@ -51,18 +54,41 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
     # numpy's BLAS is not used here, but would start its threads when numpy is imported: half of the import's CPU time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    def tell(message: messages.FromEngineProcess) -> None:
-        lifeline.send_bytes(messages.encoder.encode(message))
-
+    engine = _Engine(spec, lifeline, mailbox)
     try:
-        # Imported here, after the line above; and whoever starts engines imports this module, but needs none of that.
+        server = engine.load()
+    except BaseException as error:
+        engine.fail(error)
+    gc.collect()
+    gc.freeze()  # what was made so far stays for good: no later collection needs to look at it
+    engine.serve(server)
+
+
+class _Engine:
+    """What the process makes of its spec, and tells on the lifeline."""
+
+    def __init__(self, spec: EngineSpec, lifeline: Connection, mailbox: Mailbox) -> None:
+        self._spec = spec
+        self._lifeline = lifeline
+        self._mailbox = mailbox
+
+    def _tell(self, message: messages.FromEngineProcess) -> None:
+        self._lifeline.send_bytes(messages.encoder.encode(message))
+
+    def load(self) -> EngineServer:
+        """The model, behind a socket that clients can connect to."""
+        # Imported here, after numpy's threads were forbidden; and whoever starts engines imports this module, but needs
+        # none of that.
         from asyncscale.engine.core import EngineCore
+        from asyncscale.engine.make_runner import make_runner
         from asyncscale.engine.server import EngineServer
         from asyncscale.metrics.engine_counters import EngineCounters
+        from asyncscale.tandem.core import TandemCore
 
-        started = time.monotonic()
-        runner = _make_runner(spec, lambda phase, fraction: tell(messages.Loading(phase, fraction)))
-        facts = messages.EngineFacts(
+        spec, started = self._spec, time.monotonic()
+        progress = Progress(spec.progress_path)
+        runner, group = make_runner(spec, progress, lambda phase, done: self._tell(messages.Loading(phase, done)))
+        self._facts = messages.EngineFacts(
             vocab_size=runner.vocab_size,
             max_model_len=runner.max_model_len,
             max_num_seqs=spec.config.max_num_seqs,
@@ -71,30 +97,39 @@ def run_engine(spec: EngineSpec, lifeline: Connection) -> None:
             dtype=runner.dtype,
             load_s=time.monotonic() - started,
             pid=os.getpid(),
+            in_tandem=spec.in_tandem,
             weight_version=spec.weight_version,
         )
         context = transport.make_context()
-        socket = transport.bind_router(
+        self._socket = transport.bind_router(
             context,
             spec.address,
             tcp=spec.tcp,
             max_bytes=messages.MAX_REQUEST_BYTES + 4 * runner.max_model_len,
             heartbeat=True,
         )
-        progress = Progress(spec.progress_path)
         runner.progress = progress
         counters = EngineCounters(spec.counters_path)
         core = EngineCore(runner, spec.config, counters=counters, weight_version=spec.weight_version)
-        server = EngineServer(core, socket, spec.num_engines, progress, counters)
-    except BaseException as error:
-        text = traceback.format_exc()
-        tell(messages.Failed(text, str(error) if isinstance(error, ModelLoadError) else None))
+        member = GroupMember(TandemCore(core, runner, group), self._mailbox, self._tell) if group else None
+        return EngineServer(core, self._socket, spec.num_engines, progress, counters, member)
+
+    def serve(self, server: EngineServer) -> None:
+        """For ever; the lifeline ends the process."""
+        facts, cpus = self._facts, ", ".join(map(str, self._spec.cpus)) or "of its owner"
+        logger.debug("loaded in %.2f s, on CPUs %s", facts.load_s, cpus)
+        self._tell(messages.Ready(facts, transport.published_address(self._socket, self._spec.tcp)))
+        try:
+            server.run()
+        except SteppedAloneError as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Say why the engine ends, and end."""
+        model_error = str(error) if isinstance(error, ModelLoadError) else None
+        is_final = isinstance(error, SteppedAloneError)
+        self._tell(messages.Failed(traceback.format_exc(), model_error, is_final))
         sys.exit(1)
-    gc.collect()
-    gc.freeze()  # what was made so far stays for good: no later collection needs to look at it
-    logger.debug("loaded in %.2f s, on CPUs %s", facts.load_s, ", ".join(map(str, spec.cpus)) or "of its owner")
-    tell(messages.Ready(facts, transport.published_address(socket, spec.tcp)))
-    server.run()
 
 
 def _ignore_group_signals() -> None:
@@ -120,27 +155,17 @@ def _take_over_stdio(stderr_path: str) -> None:
             os.close(descriptor)
 
 
-def _follow_owner(lifeline: Connection, folder: str, relay: LogRelay) -> None:
-    """End with the owner; until then it says what it wants to hear."""
+def _follow_owner(lifeline: Connection, folder: str, relay: LogRelay, mailbox: Mailbox) -> None:
+    """End with the owner; until then it says what it wants to hear, and what it has decided of the group."""
     try:
         while True:
-            wanted = messages.decode(messages.log_levels_decoder, lifeline.recv_bytes())
-            if wanted is not None:
-                relay.set_levels(wanted.levels)
+            match messages.decode(messages.to_engine_process_decoder, lifeline.recv_bytes()):
+                case messages.LogLevels(levels):
+                    relay.set_levels(levels)
+                case GroupState() as state:
+                    mailbox.put(state)
     except (EOFError, OSError):
         try:
             transport.remove_runtime_folder(folder)  # an owner that was killed could not
         finally:
             os._exit(0)
-
-
-def _make_runner(spec: EngineSpec, progress: Callable[[str, float], None]) -> Runner:
-    # Imported here: a simulated engine loads nothing that computes.
-    if isinstance(spec.model, SimulatedModel):
-        from asyncscale.model.simulation import SimulatedRunner
-
-        return SimulatedRunner(spec.model, spec.config)
-    progress("import", 0.0)
-    from asyncscale.model.runner import ModelRunner
-
-    return ModelRunner(spec, progress)

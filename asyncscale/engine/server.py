@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -15,6 +17,7 @@ from asyncscale.engine.core import EngineCore
 from asyncscale.engine.profiler import Profiler
 from asyncscale.metrics.engine_counters import EngineCounters
 from asyncscale.progress import Progress
+from asyncscale.tandem.member import GroupMember
 
 # Who watches is told of changes at most so often: all engines together keep it busy for one or two percent of its time.
 _WATCH_INTERVAL_S = 0.0005  # times the number of engines
@@ -47,8 +50,20 @@ class _Peer:
         return self.num_unread < _MAX_UNREAD
 
 
+class _Stepper(Protocol):
+    """What computes: the core, or the group that it is in."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def step(self, meanwhile: Callable[[], None]) -> dict[bytes, messages.Outputs]: ...
+
+
 class EngineServer:
-    """An `EngineCore` behind a ROUTER socket. progress: where to show that it goes on. counters: those of the core."""
+    """An `EngineCore` behind a ROUTER socket. progress: where to show that it goes on. counters: those of the core.
+
+    member: of a group of engines that step together; None: it steps whenever it has requests.
+    """
 
     def __init__(
         self,
@@ -57,12 +72,21 @@ class EngineServer:
         num_engines: int,
         progress: Progress | None = None,
         counters: EngineCounters | None = None,
+        member: GroupMember | None = None,
     ) -> None:
         self._core = core
+        self._member = member
+        self._stepper: _Stepper = member or core
         self._socket = socket
+        self._input = zmq.Poller()
+        self._input.register(socket, zmq.POLLIN)
+        if member is not None:
+            self._input.register(member.fileno(), zmq.POLLIN)
         self._progress = progress or Progress()
         self._counters = counters or EngineCounters()
         self._methods = {**core.methods, "profile": Profiler().profile, "process_info": self._process_info}
+        if member is not None:
+            self._methods["tandem_stats"] = member.stats
         self._peers: dict[bytes, _Peer] = {}
         self._outputs: dict[bytes, messages.Outputs] = {}  # of the last step, not sent yet
         self._gone: set[bytes] = set()  # clients that could not be sent to
@@ -77,9 +101,11 @@ class EngineServer:
         """Serve for ever; the lifeline ends the process."""
         while True:
             self._receive()
-            if self._core.has_work:
+            if self._member is not None:
+                self._member.follow()
+            if self._stepper.has_work:
                 self._progress.begin_step()
-                outputs = self._core.step(meanwhile=self._send_outputs)
+                outputs = self._stepper.step(meanwhile=self._send_outputs)
                 self._progress.end_step()
                 self._send_outputs()  # those of the step before, if this one computed nothing
                 self._outputs = outputs
@@ -88,18 +114,20 @@ class EngineServer:
             while self._gone:  # their requests end, and the others must hear of that
                 self._forget(self._gone.pop())
                 self._settle()
+            if self._member is not None:
+                self._member.report()
 
     def _settle(self) -> None:
         """Leave nothing unsaid when there is no next step to say it in."""
-        if not self._core.has_work:
+        if not self._stepper.has_work:
             self._send_outputs()
             self._report_load()
 
     def _receive(self) -> None:
         """Take all that has arrived; without work to do, sleep until something does."""
-        if not self._core.has_work:
+        if not self._stepper.has_work:
             self._progress.rest()
-            self._socket.poll(self._idle_ms())
+            self._input.poll(self._idle_ms())
             self._progress.work()
         for _ in range(_BURST):
             frames = transport.receive(self._socket)

@@ -33,9 +33,9 @@ class Computing(Protocol):
 class WeightUpdates:
     """What the owner calls, by name, for each version::
 
-        updates.prepare_weights(1, model)           # returns at once
-        while not updates.prepared_weights(1).done: ...
-        updates.use_weights(1, recompute=True)      # or updates.drop_weights(1)
+    updates.prepare_weights(1, model)           # returns at once
+    while not updates.prepared_weights(1).done: ...
+    updates.use_weights(1, recompute=True)      # or updates.drop_weights(1)
     """
 
     def __init__(self, runner: Runner, computing: Computing) -> None:

@@ -72,9 +72,7 @@ def find_safetensors(paths: Iterable[str], config: ModelConfig, shapes: Mapping[
                 elif not _is_ignorable(name, config):
                     meant = closest(name, shapes)
                     hint = f"; did you mean {meant!r}?" if meant else ""
-                    raise ModelLoadError(
-                        f"{path}: tensor {stored_name!r} is not part of a {config.architecture}{hint}"
-                    )
+                    raise ModelLoadError(f"{path}: tensor {stored_name!r} is not part of a {config.architecture}{hint}")
     return found
 
 

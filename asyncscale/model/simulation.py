@@ -118,6 +118,10 @@ class SimulatedRunner:
         self._sleep_until(start + self._step_seconds(batch))
         return StepResult(rows, token_ids, logprobs, prompt_logprobs, errors)
 
+    def execute_dummy(self, meanwhile: Callable[[], None]) -> None:
+        """A step without a batch takes no time."""
+        meanwhile()
+
     def _fail(self, batch: Batch) -> dict[int, str]:
         """What the faults in the batch ask for. Returns the rows that fail alone."""
         errors = {}

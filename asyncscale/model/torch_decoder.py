@@ -22,6 +22,7 @@ from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens, first_highest
 from asyncscale.model.threads import num_threads
 from asyncscale.model.torch_attention import TorchAttention, TorchPlan
+from asyncscale.model.torch_devices import engine_device
 from asyncscale.model.torch_experts import MLP, ExpertLayer, Experts, Router
 from asyncscale.model.torch_kv_cache import KVCache, bytes_per_block
 from asyncscale.model.torch_linear import Linear
@@ -40,7 +41,7 @@ class TorchDecoder:
     ) -> None:
         self.num_threads = num_threads(spec)
         torch.set_num_threads(self.num_threads)
-        self._device = _device(spec.engine_id)
+        self._device = engine_device(spec.engine_id)
         self._dtype = _dtype(spec.config.dtype, self._device)
         self.dtype = str(self._dtype).removeprefix("torch.")
         self._architecture = model
@@ -183,12 +184,6 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = heads.to(cos.dtype).chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(heads.dtype)
-
-
-def _device(engine_id: int) -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", engine_id % torch.cuda.device_count())
-    return torch.device("cpu")
 
 
 def _dtype(name: DType, device: torch.device) -> torch.dtype:

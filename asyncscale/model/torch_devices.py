@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
@@ -14,3 +18,12 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def engine_device(engine_id: int) -> torch.device:
+    """Where this engine's share of the work is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", engine_id % torch.cuda.device_count())
+    return torch.device("cpu")

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from asyncscale.messages import Outputs
+from asyncscale.tandem.collective_errors import CollectiveError
 from asyncscale.tandem.engine import EngineWaves
 from asyncscale.tandem.messages import FromTandemEngine, GroupState
 
 if TYPE_CHECKING:
     from asyncscale.engine.core import EngineCore
-
-
-class CollectiveError(Exception):
-    """A collective operation failed, as another engine is gone or has left the generation."""
 
 
 class Collectives(Protocol):
@@ -32,7 +29,7 @@ class Collectives(Protocol):
 
 
 class TandemRunner(Protocol):
-    """A Runner whose `execute` is collective."""
+    """A Runner whose `execute` may be collective."""
 
     def execute_dummy(self, meanwhile: Callable[[], None]) -> None:
         """Take part in a step without a batch, so that the other engines can go on."""
@@ -43,9 +40,9 @@ class TandemCore:
 
         tandem = TandemCore(core, runner, collectives)
         while True:
-            ...  # take what has arrived: core.add and the like, tandem.on_group_state; sleep while not tandem.running
+            ...  # take what has arrived: core.add and the like, tandem.on_group_state; sleep while not tandem.has_work
             tandem.follow()
-            if tandem.running:
+            if tandem.has_work:
                 outputs = tandem.step()
             if (report := tandem.report()) is not None:
                 ...  # send it to the coordinator
@@ -68,6 +65,11 @@ class TandemCore:
         return self._waves.running
 
     @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to compute, be it for others, or to hand out."""
+        return self._waves.running or self._core.has_outputs
+
+    @property
     def position(self) -> tuple[int, int, int]:
         """Generation, wave, and how many steps of it are done."""
         return self._waves.generation, self._waves.wave, self._waves.num_steps
@@ -88,8 +90,13 @@ class TandemCore:
                 waves.joined(generation)
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> dict[bytes, Outputs]:
-        """As `EngineCore.step`, together with the other engines. One that fails has made nothing, and is made again."""
+        """As `EngineCore.step`, together with the other engines. One that fails has made nothing, and is made again.
+
+        While the group pauses, nothing is computed.
+        """
         waves, core = self._waves, self._core
+        if not waves.running:
+            return core.flush()
         outputs: dict[bytes, Outputs] = {}
         has_batch = False
 

@@ -20,7 +20,7 @@ from asyncscale.config import EngineConfig, SimulatedModel
 from asyncscale.engine.batch import Batch, StepResult
 from asyncscale.model.simulation import SimulatedRunner
 from asyncscale.progress import Progress
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError, SteppedAloneError
 from asyncscale.tandem.meeting import JOIN_TIMEOUT_S, Meeting
 
 # Of a live connection nothing is heard when its generation ends; so the meeting is looked at, too.
@@ -29,11 +29,6 @@ _LOOK_S = 0.05
 _LISTENING = "listening"  # the key in the meeting
 
 Kind = Literal["join", "any", "step"]
-
-
-class SteppedAloneError(AssertionError):
-    """An engine is in a collective operation in which not all others are, or will be. Not a CollectiveError: it is a
-    defect, and another generation would not heal it."""
 
 
 class Operation(msgspec.Struct, frozen=True, array_like=True):

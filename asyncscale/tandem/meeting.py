@@ -12,7 +12,7 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 from asyncscale.transport import remove_runtime_folder
 
 # Engines come when their step is done, or when they have loaded what they had lost.

@@ -1,4 +1,4 @@
-"""What keeps engines in tandem, on the wire. To become members of the unions in `asyncscale.messages`.
+"""What keeps engines in tandem, on the wire; members of the unions in `asyncscale.messages`.
 
 Each says how things are, not what to do, and is numbered: so each may come late, twice, or before an earlier one. Waves
 are numbered within a generation, generations from 1.

@@ -17,10 +17,11 @@ from asyncscale.messages import Add, Finished, Outputs
 from asyncscale.model.simulation import SimulatedRunner
 from asyncscale.params import Sampling
 from asyncscale.tandem.client import ClientWaves
+from asyncscale.tandem.collective_errors import CollectiveError, SteppedAloneError
 from asyncscale.tandem.coordinator import CoordinatorWaves
-from asyncscale.tandem.core import CollectiveError, TandemCore
+from asyncscale.tandem.core import TandemCore
 from asyncscale.tandem.engine import EngineWaves
-from asyncscale.tandem.lockstep import LockstepGroup, LockstepRunner, SteppedAloneError
+from asyncscale.tandem.lockstep import LockstepGroup, LockstepRunner
 from asyncscale.tandem.meeting import Meeting, close_meeting, open_meeting
 from asyncscale.tandem.messages import FromTandemEngine, GroupState, Paused
 from asyncscale.transport import choose_runtime_folder, make_runtime_folder, remove_runtime_folder

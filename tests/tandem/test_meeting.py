@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 from asyncscale.tandem.meeting import Meeting, close_meeting, open_meeting
 
 
