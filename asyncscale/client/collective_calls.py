@@ -73,10 +73,10 @@ class CollectiveCalls:
                 yield
             return
         try:
-            await self._dispatcher.call("hold_steps", [])
+            await self._dispatcher.call("_hold_steps", [])
             yield
         finally:
-            await self._dispatcher.call("release_steps", [])
+            await self._dispatcher.call("_release_steps", [])
 
     async def _pause(self, tandem: TandemHub, args: Sequence[msgspec.Raw]) -> Results:
         async with self._lockstep:

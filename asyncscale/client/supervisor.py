@@ -53,7 +53,8 @@ class Launch:
 
     places: one for each engine; who is started again goes back there.
     timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done.
-    weight_version: how often the weights of `model` were changed. max_restarts, hang_timeout: see AsyncScaleClient. tcp: where they listen; None: in the private folder.
+    weight_version: how often the weights of `model` were changed. max_restarts, hang_timeout: see AsyncScaleClient.
+    tcp: where they listen; None: in the private folder.
     """
 
     model: ModelSource

@@ -40,14 +40,18 @@ class Engines(Protocol):
 
 async def update_weights(engines: Engines, path: str | os.PathLike[str], recompute: bool) -> int:
     """Have the owner of these engines change their weights; see `AsyncScaleClient.update_weights`."""
-    absolute = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    [result] = await engines.call(_METHOD, _encode(absolute, recompute))
+    [result] = await engines.call(_METHOD, _encode(_absolute(path), recompute))
     if result.error is None:
         return msgspec.msgpack.decode(result.value, type=int)
     name, _, text = result.error.partition(": ")
     if name == ModelLoadError.__name__:
         raise ModelLoadError(text)
     raise (EngineDeadError if name == EngineDeadError.__name__ else EngineError)(text, engine_id=result.engine_id)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """As the owner, which may work in another folder, is to read it."""
+    return os.path.abspath(os.path.expanduser(os.fspath(path)))
 
 
 class Starter(Protocol):
@@ -137,16 +141,21 @@ class WeightUpdates:
 
     async def _prepare(self, version: int, model: ModelSource) -> None:
         """Have all engines load the weights. Raises what went wrong with that in any of them."""
-        _raise_errors(await self._call("prepare_weights", _encode(version, model)))
+        _raise_errors(await self._call("_prepare_weights", _encode(version, model)))
         try:
-            while not await self._are_prepared(version):
-                await asyncio.sleep(_LOOK_INTERVAL_S)
+            await self._wait_prepared(version)
         except BaseException:
-            await self._call("drop_weights", _encode(version))
+            await self._call("_drop_weights", _encode(version))
             raise
 
+    async def _wait_prepared(self, version: int) -> None:
+        while True:  # an engine answers calls at once, and has no other way to tell the owner something later
+            if await self._are_prepared(version):
+                return
+            await asyncio.sleep(_LOOK_INTERVAL_S)
+
     async def _are_prepared(self, version: int) -> bool:
-        results = await self._call("prepared_weights", _encode(version))
+        results = await self._call("_prepared_weights", _encode(version))
         preparations = [
             msgspec.msgpack.decode(result.value, type=Preparation) for result in results if result.error is None
         ]  # an engine that has come since was not told: it is to start again
@@ -160,7 +169,7 @@ class WeightUpdates:
     async def _change(self, version: int, model: ModelSource, recompute: bool) -> None:
         self._starter.use_weights(model, version)  # before: who starts meanwhile is to have them as well
         try:
-            results = await self._call("use_weights", _encode(version, recompute), lockstep=True)
+            results = await self._call("_use_weights", _encode(version, recompute), lockstep=True)
             if all(result.error is not None for result in results):
                 raise _nobody(results)
         except BaseException:

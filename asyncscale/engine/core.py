@@ -44,8 +44,9 @@ class EngineCore:
     A request that is wrong ends with a Finished(reason="error") in its client's next outputs. What `runner.execute`
     raises passes through `step`: the engine is then broken.
 
-    methods: what clients may call by name. load_version: changes whenever running, waiting or `by_client` change.
-    clock: seconds, monotonic. counters: where to count what it does. weight_version: of the runner's weights.
+    methods: what clients may call by name; those that begin with an underscore are for the owner's own use.
+    load_version: changes whenever running, waiting or `by_client` change. clock: seconds, monotonic. counters: where to
+    count what it does. weight_version: of the runner's weights.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class EngineCore:
             "pause": self.pause,
             "drain": self.drain,
             "resume": self.resume,
-            "hold_steps": self.hold_steps,
-            "release_steps": self.release_steps,
+            "_hold_steps": self.hold_steps,
+            "_release_steps": self.release_steps,
             **WeightUpdates(runner, self).methods,
         }
 

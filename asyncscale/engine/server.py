@@ -189,7 +189,7 @@ class EngineServer:
     def _call(self, call: messages.Call) -> messages.CallResult:
         method = self._methods.get(call.method)
         if method is None:
-            known = ", ".join(sorted(self._methods))
+            known = ", ".join(sorted(name for name in self._methods if not name.startswith("_")))
             return messages.CallResult(call.call_id, error=f"unknown engine method {call.method!r}; known are {known}")
         try:
             value = method(*[msgspec.msgpack.decode(argument) for argument in call.args])

@@ -31,7 +31,7 @@ class Computing(Protocol):
 
 
 class WeightUpdates:
-    """What the owner calls, by name, for each version::
+    """What the owner calls for each version, by the names in `methods`::
 
     updates.prepare_weights(1, model)           # returns at once
     while not updates.prepared_weights(1).done: ...
@@ -43,10 +43,10 @@ class WeightUpdates:
         self._computing = computing
         self._loading: _Loading | None = None
         self.methods: dict[str, Callable[..., object]] = {
-            "prepare_weights": self.prepare_weights,
-            "prepared_weights": self.prepared_weights,
-            "use_weights": self.use_weights,
-            "drop_weights": self.drop_weights,
+            "_prepare_weights": self.prepare_weights,
+            "_prepared_weights": self.prepared_weights,
+            "_use_weights": self.use_weights,
+            "_drop_weights": self.drop_weights,
         }
 
     def prepare_weights(self, version: int, model: object) -> None:

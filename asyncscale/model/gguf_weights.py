@@ -34,7 +34,10 @@ _ROPE_FACTORS = "rope_freqs.weight"
 def read_gguf(
     path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Callable[[], Float32]]:
-    """Of every tensor of `shapes` a function that reads it. Raises ModelLoadError, naming the tensor as the file does."""
+    """Of every tensor of `shapes` a function that reads it.
+
+    Raises ModelLoadError, naming the tensor as the file does.
+    """
     file = GGUFFile(path)
     names = {name: gguf_name(name) for name in shapes}
     unknown = file.tensors.keys() - names.values() - {_ROPE_FACTORS}
