@@ -120,10 +120,6 @@ class TandemCore:
         """What the coordinator must hear now, if anything."""
         return self._waves.report(self._has_requests)
 
-    def reconnected(self) -> None:
-        """The coordinator's connection is a new one."""
-        self._waves.reconnected()
-
     @property
     def _has_requests(self) -> bool:
         return bool(self._core.clients)

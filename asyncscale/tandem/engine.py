@@ -80,11 +80,6 @@ class EngineWaves:
         self.generation = generation
         self._leave()
 
-    def reconnected(self) -> None:
-        """What was sent to the coordinator may be lost, and is to be said again."""
-        self._told = (0, 0, False)
-        self._told_broken = 0
-
     def report(self, has_work: bool) -> FromTandemEngine | None:
         """What the coordinator must hear now, if anything. has_work: whether any request is here that is not done."""
         if self.running or self.generation_to_join is not None:

@@ -21,7 +21,6 @@ ONE_STEP_EACH = ((1,), (1,))
         pytest.param(WaveModel(((2,), (1,)), aborts=1), id="abort"),
         pytest.param(WaveModel(((1, 1), (1,))), id="a client goes on"),
         pytest.param(WaveModel(ONE_STEP_EACH, holds=1), id="hold"),
-        pytest.param(WaveModel(ONE_STEP_EACH, reconnects=1), id="reconnect"),
         pytest.param(WaveModel(ONE_STEP_EACH, failures=1), id="failed collective"),
         pytest.param(WaveModel(((2,),), deaths=1), id="death"),
         pytest.param(WaveModel(((2,), (1,)), num_engines=3), id="three engines"),

@@ -228,7 +228,6 @@ def test_a_request_that_comes_before_the_group_stands_is_computed() -> None:
     group.restart(0)
     engine = EngineWaves()
     assert engine.report(True) is None  # to whom, and of which wave?
-    group.engines[1].reconnected()
     group.request(1)
     group.run()
     assert group.work == [0, 0]
@@ -331,14 +330,6 @@ def test_a_generation_that_breaks_is_formed_anew_at_once_when_nobody_died() -> N
     group.run()
     assert group.work == [0, 0]
     assert group.waves[0][0] == group.waves[1][0] == 2
-
-
-def test_what_was_lost_with_a_connection_is_said_again() -> None:
-    group = Group()
-    assert group.engines[0].report(True) == Paused(1, 0, True)
-    assert group.engines[0].report(True) is None
-    group.engines[0].reconnected()
-    assert group.engines[0].report(True) == Paused(1, 0, True)
 
 
 def test_a_sync_interval_is_at_least_one_step() -> None:

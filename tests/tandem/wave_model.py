@@ -31,7 +31,7 @@ class WaveModel:
         WaveModel(num_engines=2, requests=((2,), (1,)), deaths=1).check()
 
     requests: of each client, the steps that each of its requests takes. holds, aborts, deaths (and returns), failures
-    (of a collective operation, at some or all engines), reconnects: how often they happen, at most, anywhere at any
+    (of a collective operation, at some or all engines): how often they happen, at most, anywhere at any
     time. is_formed: the engines have met at the start. coordinator, engine, client: the machines, to check broken ones.
     forgets: see Reduction.
     """
@@ -45,7 +45,6 @@ class WaveModel:
         aborts: int = 0,
         deaths: int = 0,
         failures: int = 0,
-        reconnects: int = 0,
         is_formed: bool = True,
         coordinator: type[CoordinatorWaves] = CoordinatorWaves,
         engine: type[EngineWaves] = EngineWaves,
@@ -55,7 +54,7 @@ class WaveModel:
     ) -> None:
         self._requests = requests
         self._num_engines = num_engines
-        self._disturbances = Disturbances(holds, aborts, deaths, failures, reconnects)
+        self._disturbances = Disturbances(holds, aborts, deaths, failures)
         self._is_formed = is_formed
         self._sync_interval = sync_interval
         self._pool = Pool()
@@ -220,12 +219,6 @@ class WaveModel:
                     yield f"a request of engine {number} is aborted", after.with_engine(number, rest)
             if world.left.deaths and engine.state == "up":
                 yield f"engine {number} dies", self._kill(world, number)
-        if world.left.reconnects:
-            after = world.without_one("reconnects")._replace(said=frozenset())
-            for number, engine in enumerate(world.engines):
-                waves, _ = engine.waves.after("reconnected")
-                after = after.with_engine(number, engine._replace(waves=waves, sees=world.sent[-1].version))
-            yield "all connections are lost and made anew, with what was under way", after
 
     def _kill(self, world: World, number: int) -> World:
         dead = world.engines[number]._replace(state="dead", doing=None, waves=self._new_engine)

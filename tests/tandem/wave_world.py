@@ -69,7 +69,6 @@ class Disturbances(NamedTuple):
     aborts: int
     deaths: int
     failures: int
-    reconnects: int
 
 
 class World(NamedTuple):
