@@ -16,6 +16,7 @@ from asyncscale.client.sizing import auto_num_engines
 from asyncscale.client.supervisor import Launch
 from asyncscale.config import EngineConfig, ModelSource, SimulatedModel
 from asyncscale.cpus import usable_cpus
+from asyncscale.errors import ModelLoadError
 from asyncscale.memory import available_memory
 
 
@@ -33,6 +34,11 @@ class FleetPlan:
 
     def __post_init__(self) -> None:
         check_model(self.model)
+        if isinstance(self.model, SimulatedModel) and self.config.enable_expert_parallel:
+            raise ValueError(
+                "enable_expert_parallel deals out a checkpoint's experts, and a SimulatedModel has none: "
+                "for simulated engines that step together, use SimulatedModel(lockstep=True)"
+            )
         if self.num_engines != "auto":
             check_count("num_engines", self.num_engines, 1, '"auto"')
         check_seconds("start_timeout", self.start_timeout)
@@ -51,6 +57,8 @@ class FleetPlan:
         else:
             source, architecture = await asyncio.to_thread(find_model, self.model, progress.on_fetch)
         cpus, config, num_engines = usable_cpus(), self.config, self.num_engines
+        if config.enable_expert_parallel and architecture is not None:
+            _check_has_experts(architecture)
         if num_engines == "auto":
             num_engines = auto_num_engines(cpus.num_cores, config, architecture, available_memory())
         progress.num_engines = num_engines
@@ -63,4 +71,12 @@ class FleetPlan:
             self.max_restarts,
             self.hang_timeout,
             None if self.host is None else await asyncio.to_thread(transport.tcp_binding, self.host),
+        )
+
+
+def _check_has_experts(model: ModelConfig) -> None:
+    if model.experts is None:
+        raise ModelLoadError(
+            f"enable_expert_parallel would deal out the model's experts, but this {model.architecture} has none: "
+            "leave it off, and each engine computes requests of its own"
         )

@@ -128,4 +128,4 @@ def make_decoder(
         )
     from asyncscale.model.torch_decoder import TorchDecoder
 
-    return TorchDecoder(spec, files, model, max_model_len, report)
+    return TorchDecoder(spec, files, model, max_model_len, report, group)

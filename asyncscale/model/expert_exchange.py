@@ -52,6 +52,11 @@ class ExpertShare:
         return self.first <= expert < self.end
 
     @property
+    def experts(self) -> range:
+        """Which they are."""
+        return range(self.first, self.end)
+
+    @property
     def span(self) -> slice:
         """Where they are among all experts."""
         return slice(self.first, self.end)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _MIXTRAL = re.compile(r"(.*\.)block_sparse_moe\.(gate|experts\.\d+\.w[123])\.weight")
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_OF_EXPERT = re.compile(r".*\.mlp\.experts\.(\d+)\..*")
 _FUSED_NAME = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -25,6 +26,12 @@ def common_name(name: str) -> str:
     return (
         f"{module}mlp.{part[:-2]}{_MIXTRAL_PARTS[part[-2:]]}.weight" if part != "gate" else f"{module}mlp.gate.weight"
     )
+
+
+def expert_of(name: str) -> int | None:
+    """Which expert has the tensor of this common name; None for those that all tokens share, routers included."""
+    match = _OF_EXPERT.fullmatch(name)
+    return int(match[1]) if match is not None else None
 
 
 @dataclass(frozen=True, slots=True)

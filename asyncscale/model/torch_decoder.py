@@ -20,6 +20,7 @@ from asyncscale.config import CheckpointFiles, DType, EngineSpec
 from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens, first_highest
+from asyncscale.model.expert_exchange import ExpertExchange, RowGroup
 from asyncscale.model.threads import num_threads
 from asyncscale.model.torch_attention import TorchAttention, TorchPlan
 from asyncscale.model.torch_devices import engine_device
@@ -37,14 +38,24 @@ class TorchDecoder:
     """
 
     def __init__(
-        self, spec: EngineSpec, files: CheckpointFiles, model: ModelConfig, max_model_len: int, report: Report
+        self,
+        spec: EngineSpec,
+        files: CheckpointFiles,
+        model: ModelConfig,
+        max_model_len: int,
+        report: Report,
+        group: RowGroup | None = None,
     ) -> None:
+        """group: the engines that the experts are dealt out to; each loads only its own. None: all are here."""
         self.num_threads = num_threads(spec)
         torch.set_num_threads(self.num_threads)
         self._device = engine_device(spec.engine_id)
         self._dtype = _dtype(spec.config.dtype, self._device)
         self.dtype = str(self._dtype).removeprefix("torch.")
         self._architecture = model
+        self._exchange: ExpertExchange | None = None
+        if group is not None and model.experts is not None:
+            self._exchange = ExpertExchange(group, model.experts.num_experts)
         weights = self.load_weights(files, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
         self.use_weights(weights)
@@ -58,7 +69,8 @@ class TorchDecoder:
 
     def load_weights(self, files: CheckpointFiles, progress: Callable[[float], None]) -> Weights:
         """The weights of `files`, for `use_weights`. From any thread."""
-        return load_weights(files, self._architecture, self._dtype, self._device, progress)
+        share = self._exchange.share if self._exchange is not None else None
+        return load_weights(files, self._architecture, self._dtype, self._device, progress, share)
 
     def use_weights(self, weights: Weights) -> None:
         """Compute with these from now on. Takes them out of `weights`, so that none is held twice when layers store
@@ -66,7 +78,7 @@ class TorchDecoder:
         tensors, model = weights.tensors, self._architecture
         self._eps = model.rms_norm_eps
         self._embedding = tensors.pop("model.embed_tokens.weight")
-        self._layers = [_Layer(model, tensors, i) for i in range(model.num_layers)]
+        self._layers = [_Layer(model, tensors, i, self._exchange) for i in range(model.num_layers)]
         self._norm = tensors.pop("model.norm.weight").float()
         self._head = Linear(tensors.pop("lm_head.weight"))
         self._windows = set(model.layer_windows)
@@ -100,7 +112,7 @@ class TorchDecoder:
         self.progress.tick()
         attended = plan.attend(index, queries)
         self.progress.tick()
-        hidden += layer.output(attended.view(len(attended), -1))
+        hidden += layer.output(attended.flatten(1))
         normed = self._rms_norm(hidden, layer.post_attention_norm).to(self._dtype)
         hidden += layer.mlp(normed)
         self.progress.tick()
@@ -126,7 +138,9 @@ class TorchDecoder:
 class _Layer:
     """One layer's weights; projections that share their input are fused."""
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: dict[str, Tensor], index: int, exchange: ExpertExchange | None
+    ) -> None:
         prefix = f"model.layers.{index}."
 
         def linear(*names: str) -> Linear:
@@ -148,7 +162,9 @@ class _Layer:
         self.mlp: MLP | ExpertLayer
         if (experts := config.experts_of(index)) is not None:
             router = Router(experts, tensors.pop(f"{prefix}mlp.gate.weight"))
-            self.mlp = ExpertLayer(router, Experts([mlp(f"mlp.experts.{i}") for i in range(experts.num_experts)]))
+            span = range(experts.num_experts) if exchange is None else exchange.share.experts
+            mlps = [mlp(f"mlp.experts.{i}") for i in span]
+            self.mlp = ExpertLayer(router, Experts(mlps, experts.num_experts, exchange))
         else:
             self.mlp = mlp("mlp")
         self._norms: tuple[Tensor, Tensor] | None = None
@@ -161,7 +177,7 @@ class _Layer:
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values, each [tokens, heads, head_dim]; queries and keys are rotated."""
-        heads = self._qkv(x).view(len(x), -1, self._head_dim)
+        heads = self._qkv(x).view(len(x), self._num_heads + 2 * self._num_kv_heads, self._head_dim)
         num_rotated = self._num_heads + self._num_kv_heads
         rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if self._norms is not None:
@@ -174,7 +190,9 @@ class _Layer:
 
     def _norm(self, heads: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Over as many neighbouring elements of a token as there are weights: a head, or all."""
-        return F.rms_norm(heads.reshape(len(heads), -1, len(weight)), weight.shape, weight, eps).view(heads.shape)
+        num_tokens, num_heads, head_dim = heads.shape
+        parts = heads.reshape(num_tokens, num_heads * head_dim // len(weight), len(weight))
+        return F.rms_norm(parts, weight.shape, weight, eps).view(heads.shape)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

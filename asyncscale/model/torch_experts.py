@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from asyncscale.checkpoint.experts_config import ExpertsConfig
+from asyncscale.model.expert_exchange import ExpertExchange
 from asyncscale.model.torch_linear import Linear
 
 
@@ -58,24 +59,38 @@ class Router:
 class Experts:
     """`experts(x, routing)`: what each token's experts make of it, weighted and added up; float32[tokens, hidden_size].
 
-    Rows are put in the order of experts, so that there is one product for each expert that has tokens.
+    Rows are put in the order of experts, so that there is one product for each expert that has tokens. With an
+    exchange, `experts` are the share of this engine, and each product is of the rows that all engines have for that
+    expert; a call is then collective, and may be of no tokens.
+
+    A token's results are added up where the token is, in the order of its routing: they depend on which engine computed
+    them only as the last bits of a product may depend on how many rows are multiplied together.
     """
 
-    def __init__(self, experts: list[MLP]) -> None:
+    def __init__(self, experts: list[MLP], num_experts: int, exchange: ExpertExchange | None = None) -> None:
         self._experts = experts
+        self._num_experts = num_experts
+        self._exchange = exchange
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
-        num_chosen = routing.expert_ids.shape[1]
+        num_tokens, num_chosen = routing.expert_ids.shape
         experts_of_pairs, pairs = routing.expert_ids.flatten().sort(dim=0, stable=True)
-        counts = torch.bincount(experts_of_pairs, minlength=len(self._experts)).tolist()
+        counts = torch.bincount(experts_of_pairs, minlength=self._num_experts)
         results = torch.empty((len(pairs), x.shape[1]), dtype=torch.float32, device=x.device)
-        results[pairs] = self._multiply(x[pairs // num_chosen], counts)
-        return (results.view(-1, num_chosen, x.shape[1]) * routing.weights[..., None]).sum(1)
+        results[pairs] = self._compute(x[pairs // num_chosen], counts).float()
+        return (results.view(num_tokens, num_chosen, x.shape[1]) * routing.weights[..., None]).sum(1)
 
-    def _multiply(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """rows: in the order of experts, so many of each. Returns float32."""
-        parts = zip(self._experts, torch.split(rows, counts), strict=True)
-        return torch.cat([expert(part).float() for expert, part in parts if len(part)])
+    def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows: in the order of all experts. counts: int64[num_experts], how many of each."""
+        if self._exchange is None:
+            return self._multiply(rows, counts)
+        return self._exchange.combine(self._multiply(*self._exchange.dispatch(rows, counts)))
+
+    def _multiply(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows: in the order of the experts here, so many of each."""
+        parts = zip(self._experts, torch.split(rows, counts.tolist()), strict=True)
+        results = [expert(part) for expert, part in parts if len(part)]
+        return torch.cat(results) if results else rows  # rows: none
 
 
 class ExpertLayer:

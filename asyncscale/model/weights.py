@@ -12,6 +12,8 @@ from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
 from asyncscale.errors import ModelLoadError
+from asyncscale.model.expert_exchange import ExpertShare
+from asyncscale.model.expert_tensors import expert_of
 from asyncscale.model.gguf_weights import read_gguf, read_gguf_rope_factors
 from asyncscale.model.safetensors_weights import Readers, find_safetensors, read_safetensors
 
@@ -24,7 +26,7 @@ _HEAD = "lm_head.weight"
 
 
 def read_weights(
-    files: CheckpointFiles, config: ModelConfig, progress: Progress | None = None
+    files: CheckpointFiles, config: ModelConfig, progress: Progress | None = None, share: ExpertShare | None = None
 ) -> Iterator[tuple[str, Float32]]:
     """Every tensor of `files` in float32, one after the other: those of `weight_shapes`, in its order.
 
@@ -35,22 +37,24 @@ def read_weights(
 
     Of updates, the newest that has a tensor counts; what they replace is not read. `lm_head.weight` is always among
     them; a tied model's is its embedding, again. Tensors may be views of the mapped file, which cannot be written.
-    `progress` is called with the fraction that is read.
+    `progress` is called with the fraction that is read. `share`: the experts whose tensors are read, instead of all; the
+    others are still checked.
     Raises ModelLoadError, naming file and tensor, where one is missing, of another shape, or not of this architecture,
     and where a file cannot be read; all but defects of the data before the first tensor.
     """
     shapes = weight_shapes(config)
+    wanted = [name for name in shapes if share is None or (expert := expert_of(name)) is None or expert in share]
     read = read_gguf if files.format == "gguf" else read_safetensors
     tensors = read(files.path, config, shapes)
     for update in files.updates:
         tensors |= find_update(update.paths, config)
-    for count, name in enumerate(shapes, 1):
+    for count, name in enumerate(wanted, 1):
         tensor = tensors[name]()
         yield name, tensor
         if name == _EMBEDDING and config.tie_word_embeddings:
             yield _HEAD, tensor
         if progress is not None:
-            progress(count / len(shapes))
+            progress(count / len(wanted))
 
 
 def find_update(paths: Iterable[str], config: ModelConfig) -> Readers:
