@@ -259,6 +259,14 @@ class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
     error: str | None = None
 
 
+class Preparation(msgspec.Struct, frozen=True):
+    """How far an engine is with new weights, as a CallResult's value. error: why it cannot have them."""
+
+    fraction: float
+    done: bool
+    error: str | None = None
+
+
 FromEngine = Outputs | LoadReport | CallResult
 
 

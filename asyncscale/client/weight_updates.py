@@ -20,7 +20,6 @@ import msgspec
 from asyncscale import messages
 from asyncscale.checkpoint.weight_updates import copy_update, remove_copies, update_files
 from asyncscale.config import CheckpointFiles, ModelSource, WeightUpdate
-from asyncscale.engine.weight_updates import Preparation
 from asyncscale.errors import AsyncScaleError, EngineDeadError, EngineError, ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -157,7 +156,7 @@ class WeightUpdates:
     async def _are_prepared(self, version: int) -> bool:
         results = await self._call("_prepared_weights", _encode(version))
         preparations = [
-            msgspec.msgpack.decode(result.value, type=Preparation) for result in results if result.error is None
+            msgspec.msgpack.decode(result.value, type=messages.Preparation) for result in results if result.error is None
         ]  # an engine that has come since was not told: it is to start again
         for preparation in preparations:
             if preparation.error is not None:

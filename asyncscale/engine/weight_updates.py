@@ -12,16 +12,9 @@ import msgspec
 from asyncscale.config import ModelSource
 from asyncscale.engine.runner import Runner
 from asyncscale.errors import ModelLoadError
+from asyncscale.messages import Preparation
 
 _log = logging.getLogger(__name__)
-
-
-class Preparation(msgspec.Struct, frozen=True):
-    """How far an engine is with the weights of a version. error: why it cannot have them."""
-
-    fraction: float
-    done: bool
-    error: str | None = None
 
 
 class Computing(Protocol):

@@ -37,8 +37,8 @@ def read_weights(
 
     Of updates, the newest that has a tensor counts; what they replace is not read. `lm_head.weight` is always among
     them; a tied model's is its embedding, again. Tensors may be views of the mapped file, which cannot be written.
-    `progress` is called with the fraction that is read. `share`: the experts whose tensors are read, instead of all; the
-    others are still checked.
+    `progress` is called with the fraction that is read. `share`: the experts whose tensors are read, instead of all;
+    the others are still checked.
     Raises ModelLoadError, naming file and tensor, where one is missing, of another shape, or not of this architecture,
     and where a file cannot be read; all but defects of the data before the first tensor.
     """
