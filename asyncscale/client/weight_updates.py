@@ -156,7 +156,9 @@ class WeightUpdates:
     async def _are_prepared(self, version: int) -> bool:
         results = await self._call("_prepared_weights", _encode(version))
         preparations = [
-            msgspec.msgpack.decode(result.value, type=messages.Preparation) for result in results if result.error is None
+            msgspec.msgpack.decode(result.value, type=messages.Preparation)
+            for result in results
+            if result.error is None
         ]  # an engine that has come since was not told: it is to start again
         for preparation in preparations:
             if preparation.error is not None:
