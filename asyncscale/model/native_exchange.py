@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyncscale.kernels import library as native
 from asyncscale.model.expert_exchange import ExpertExchange
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 
 
 class NativeExchange:
