@@ -78,7 +78,7 @@ async def measure(plan: Plan) -> list[Row]:
             for load in plan.loads:
                 rows += await _throughput(settings, load, plan)
             rows += await _first_tokens(settings[:-1], plan)
-            return [*rows, await _idle(clients[_TANDEM], plan)]
+            return rows + [await _idle(setting, plan) for setting in settings[-3:-1]]
 
 
 @contextlib.contextmanager
@@ -182,9 +182,9 @@ async def _first_tokens(settings: Sequence[_Setting], plan: Plan) -> list[Row]:
     ]
 
 
-async def _idle(client: AsyncScaleClient, plan: Plan) -> Row:
-    engines = await engine_pids(client)
+async def _idle(setting: _Setting, plan: Plan) -> Row:
+    engines = await engine_pids(setting.client)
     before = total_cpu_seconds(engines)
     await asyncio.sleep(plan.idle_s)
     used = 1000 * (total_cpu_seconds(engines) - before) / plan.idle_s
-    return Row("idle", f"CPU of {_TANDEM}", {"ms_per_s": used}, "{ms_per_s:.2f} ms per second")
+    return Row("CPU while idle", setting.name, {"ms_per_s": used}, "{ms_per_s:.2f} ms per second")

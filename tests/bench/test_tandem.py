@@ -39,7 +39,7 @@ async def test_a_quick_run_measures_every_line_up() -> None:
     at_one = rates["8 at once", "2 engines in tandem, all requests at one"]["dummies"] or 0
     assert spread < 0.5 <= at_one  # the other engine has nothing but those
     others = {row.section: row.figures for row in rows if "tokens_per_s" not in row.figures}
-    assert others.keys() == {"alone, after a pause", "idle"}
+    assert others.keys() == {"alone, after a pause", "CPU while idle"}
 
 
 async def test_waves_are_measured_beside_engines_on_their_own() -> None:
