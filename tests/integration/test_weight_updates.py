@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asyncscale import AsyncScaleClient, Completion, EngineDeadError, ModelLoadError, SimulatedModel
+from asyncscale import AsyncScaleClient, ClientClosedError, Completion, EngineDeadError, ModelLoadError, SimulatedModel
 
 torch = pytest.importorskip("torch")
 
@@ -234,6 +235,17 @@ async def test_an_engine_that_missed_the_change_starts_again(tmp_path: Path, mon
         assert "weights of version 1" in (client.health()[1].last_error or "")
         for completion in await generate_everywhere(client):
             assert is_greedy(new, completion)
+
+
+@pytest.mark.parametrize("moments", [1, 20, 100])
+async def test_a_client_that_is_closed_meanwhile_ends_it(tmp_path: Path, moments: int) -> None:
+    path = save_tensors(make_model(1), tmp_path / "update.safetensors")
+    async with owner(save_base(make_model(0), tmp_path / "base")) as client:
+        updating = asyncio.ensure_future(client.update_weights(path))
+        for _ in range(moments):
+            await asyncio.sleep(0)
+    with contextlib.suppress(ClientClosedError, asyncio.CancelledError):
+        await updating
 
 
 async def test_no_engine_is_left(tmp_path: Path) -> None:
