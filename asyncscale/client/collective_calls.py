@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +23,8 @@ class CollectiveCalls:
         results = await calls.start("reset_prefix_cache", [], lockstep=True)
 
     dispatcher: has the connections that calls go over. tandem: of engines that step together; others are held one by
-    one. Who is cancelled while it waits has no influence on what it asked for.
+    one. Who is cancelled while it waits has no influence on what it asked for. own_methods: what the owner does itself,
+    for all engines.
     """
 
     def __init__(self, dispatcher: Dispatcher, tandem: TandemHub | None) -> None:
@@ -31,6 +32,7 @@ class CollectiveCalls:
         self._tandem = tandem
         self._tasks: set[asyncio.Task[Results]] = set()
         self._lockstep = asyncio.Lock()
+        self.own_methods: dict[str, Callable[[Sequence[msgspec.Raw]], Coroutine[Any, Any, Results]]] = {}
 
     def start(self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False) -> Awaitable[Results]:
         """Run a registered method once on every engine; results in engine order.
@@ -38,6 +40,8 @@ class CollectiveCalls:
         lockstep: while none of them computes. In tandem, that is so of a pause, too: an engine that pauses on its own
         would have the others wait for it in the middle of a step.
         """
+        if method in self.own_methods:
+            return self._run(self.own_methods[method](args))
         if lockstep:
             return self._run(self._call_in_lockstep(method, args))
         if self._tandem is not None and method == "pause":

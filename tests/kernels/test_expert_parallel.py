@@ -10,7 +10,7 @@ import pytest
 from group_of_threads import GroupOfThreads, Member
 from tiny_models import ISAS, Array, Model, random_weights, tiny
 
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 
 MakeModel = Callable[..., Model]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asyncscale.model import expert_parcels
 from asyncscale.model.expert_exchange import ExpertExchange, ExpertShare
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 
 
 @given(num_engines=st.integers(1, 9), num_experts=st.integers(1, 200))
