@@ -11,7 +11,9 @@ import msgspec
 
 from asyncscale import messages
 from asyncscale.client.dispatcher import Dispatcher
+from asyncscale.client.exceptions import fresh
 from asyncscale.client.tandem_hub import TandemHub
+from asyncscale.errors import EngineError
 
 Results = list[messages.EngineResult]
 
@@ -31,35 +33,45 @@ class CollectiveCalls:
         self._tandem = tandem
         self._tasks: set[asyncio.Task[Results]] = set()
         self._lockstep = asyncio.Lock()
+        self._ended: Exception | None = None
 
     def start(self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False) -> Awaitable[Results]:
         """Run a registered method once on every engine; results in engine order.
 
-        lockstep: while none of them computes. In tandem, that is so of a pause, too: an engine that pauses on its own
-        would have the others wait for it in the middle of a step.
+        lockstep: while none of them computes. In tandem, that is so of a pause, too, and until it ends no wave begins:
+        engines that pause on their own would keep each other busy with dummy batches.
         """
-        if lockstep:
-            return self._run(self._call_in_lockstep(method, args))
         if self._tandem is not None and method == "pause":
             return self._run(self._pause(self._tandem, args))
         if self._tandem is not None and method == "resume":
             return self._run(self._resume(self._tandem, args))
+        if lockstep:
+            return self._run(self._call_in_lockstep(method, args))
         return self._dispatcher.call(method, args)
 
-    def close(self) -> None:
-        """Wait for nothing any more."""
-        for task in self._tasks:
-            task.cancel()
+    def close(self, error: Exception) -> None:
+        """Wait for nothing any more: calls that have not been sent end with this error."""
+        self._ended = error
+        if self._tandem is not None:
+            self._tandem.end(error)
 
     def _run(self, calling: Coroutine[Any, Any, Results]) -> Awaitable[Results]:
-        task = asyncio.ensure_future(calling)
+        task = asyncio.ensure_future(_results(calling))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return asyncio.shield(task)
 
     async def _call_in_lockstep(self, method: str, args: Sequence[msgspec.Raw]) -> Results:
-        async with self._lockstep, self._rest():
+        async with self._turn(), self._rest():
             return await self._dispatcher.call(method, args)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Within it, nobody else has the engines rest or go on."""
+        async with self._lockstep:
+            if self._ended is not None:
+                raise fresh(self._ended)
+            yield
 
     @contextlib.asynccontextmanager
     async def _rest(self) -> AsyncIterator[None]:
@@ -75,12 +87,20 @@ class CollectiveCalls:
             await self._dispatcher.call("_release_steps", [])
 
     async def _pause(self, tandem: TandemHub, args: Sequence[msgspec.Raw]) -> Results:
-        async with self._lockstep:
+        async with self._turn():
             await tandem.hold("pause")
             return await self._dispatcher.call("pause", args)
 
     async def _resume(self, tandem: TandemHub, args: Sequence[msgspec.Raw]) -> Results:
-        async with self._lockstep:
+        async with self._turn():
             results = await self._dispatcher.call("resume", args)
             tandem.release("pause")
             return results
+
+
+async def _results(calling: Coroutine[Any, Any, Results]) -> Results:
+    """Of a call, also of one that no engine has heard of, as there will never be a group again."""
+    try:
+        return await calling
+    except EngineError as error:
+        return [messages.EngineResult(error.engine_id, error=str(error.args[0]), died=True)]
