@@ -64,15 +64,27 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True, tag="simulated",
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
+class WeightUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """Tensors that take the place of a checkpoint's.
+
+    paths: of safetensors files that nobody changes any more. sha256: tells their content from any other.
+    """
+
+    paths: tuple[str, ...]
+    sha256: str
+
+
 class CheckpointFiles(msgspec.Struct, frozen=True, kw_only=True, tag="checkpoint"):
     """A model on local disk.
 
-    `path` is a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file.
+    `path` is a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file. updates: what has
+    changed since, the newest last.
     """
 
     name: str
     format: Literal["safetensors", "gguf"]
     path: str
+    updates: tuple[WeightUpdate, ...] = ()
 
 
 ModelSource = CheckpointFiles | SimulatedModel
@@ -149,6 +161,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: private to the owner and its engines, for sockets and logs; it is gone when they are.
     tcp: where it listens instead of in the folder, and with which keys: so a spec goes over private pipes only.
+    weight_version: of the weights of `model`: how often they were changed.
     cpus: which it runs on; empty: on those that its owner may use.
     log_levels: from which level on its owner wants to hear of which loggers.
     """
@@ -160,6 +173,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSource
     config: EngineConfig
     tcp: TcpBinding | None = None
+    weight_version: int = 0
     cpus: tuple[int, ...] = ()
     log_levels: dict[str, int] = {}
 

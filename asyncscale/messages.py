@@ -97,6 +97,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     """What an engine learned while it loaded its model.
 
     pid: of its process, on its host. in_tandem: it computes together with all others, and only when they are all there.
+    weight_version: of the weights that it has loaded.
     """
 
     vocab_size: Positive
@@ -108,6 +109,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     load_s: float
     pid: Positive | None = None
     in_tandem: bool = False
+    weight_version: Count = 0
 
 
 # --- client to engine
@@ -215,7 +217,8 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     """All that one step made for one client.
 
     Request_ids[i] got token_ids[i]; an id with several tokens comes several times. by_client: see `LoadReport`.
-    preempted: ids of requests that lost their KV blocks to others, and will be computed again.
+    preempted: ids of requests that lost their KV blocks to others, and will be computed again. weight_version: of the
+    weights that made the tokens.
     """
 
     request_ids: list[int]
@@ -229,6 +232,7 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
     by_client: Shares | None = None
     started: list[Started] = []
     preempted: list[int] = []
+    weight_version: Count = 0
 
     def __post_init__(self) -> None:
         if len(self.request_ids) != len(self.token_ids):
@@ -252,6 +256,14 @@ class CallResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
 
     call_id: int
     value: msgspec.Raw = msgspec.Raw(b"\xc0")
+    error: str | None = None
+
+
+class Preparation(msgspec.Struct, frozen=True):
+    """How far an engine is with new weights, as a CallResult's value. error: why it cannot have them."""
+
+    fraction: float
+    done: bool
     error: str | None = None
 
 

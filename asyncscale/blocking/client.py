@@ -204,6 +204,16 @@ class AsyncScaleClient:
         """
         return self._running().run(self._client.collective_rpc(*args, **options))
 
+    @arguments_of_method(asynchronous.AsyncScaleClient.update_weights)
+    def update_weights(self, *args: Any, **options: Any) -> int:
+        """Have all engines compute with other weights; requests under way go on with them. Returns their version.
+
+        ::
+
+            client.update_weights("step-100.safetensors")
+        """
+        return self._running().run(self._client.update_weights(*args, **options))
+
     # --- use
 
     def _started(self) -> BackgroundLoop:

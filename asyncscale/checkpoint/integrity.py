@@ -42,7 +42,7 @@ def check_folder(folder: Path) -> None:
         )
     read_json_object(folder / "config.json")
     for shard in weight_files(folder):
-        _check_safetensors(shard)
+        check_safetensors(shard)
     if not (folder / "tokenizer.json").is_file():
         raise ModelLoadError(f"the tokenizer of {folder} is missing: it has no tokenizer.json")
     _check_json_object(folder / "tokenizer.json")
@@ -101,8 +101,11 @@ def _check_json_object(path: Path) -> None:
         raise ModelLoadError(f"cannot read {path} as JSON: {error}") from error
 
 
-def _check_safetensors(path: Path) -> None:
-    """The format: 8 bytes of header length, the header (JSON), the data. https://github.com/huggingface/safetensors#format"""
+def check_safetensors(path: Path) -> None:
+    """Raises ModelLoadError unless `path` is a whole safetensors file.
+
+    The format: 8 bytes of header length, the header (JSON), the data. https://github.com/huggingface/safetensors#format
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)

@@ -34,6 +34,7 @@ from asyncscale.client.roster import EngineHealth
 from asyncscale.client.state import State, wrong_state
 from asyncscale.client.submission import Submission
 from asyncscale.client.tracing import Tracing
+from asyncscale.client.weight_updates import update_weights
 from asyncscale.config import CheckpointFiles, ModelSource, SimulatedModel
 from asyncscale.errors import ClientClosedError, EngineDeadError, EngineError
 from asyncscale.messages import EngineFacts
@@ -471,6 +472,27 @@ class AsyncScaleClient:
         if not results and self._dispatcher.last_death is not None:
             raise fresh(self._dispatcher.last_death)
         return [_value(result) for result in results]
+
+    async def update_weights(self, path: str | os.PathLike[str], *, recompute: bool = True) -> int:
+        """Have all engines compute with other weights; requests under way go on with them. Returns their version.
+
+        ::
+
+            version = await client.update_weights("step-100.safetensors")
+            completion = await client.generate("The sky is", max_tokens=16)
+            completion.weight_versions  # (1,)
+
+        path: a safetensors file, or a folder of them, on the owner's host, under the names that the model's own files
+        have. Tensors that are not in it stay as they are. It is copied: it may be changed or removed afterwards.
+        recompute: keys and values of what requests under way have so far are computed anew with the new weights; else
+        they go on with those that they have.
+        The engines load it while they compute, and change between the same two steps. Weights of the start are version
+        0, and every update is the next one. Cancelling the call does not stop it.
+        Raises ModelLoadError, which names file and tensor, where it does not fit the model, EngineDeadError where no
+        engine is left that could load it; then nothing has changed.
+        """
+        self._life.check_usable()
+        return await update_weights(self._engines, path, recompute)
 
     def __repr__(self) -> str:
         what = (

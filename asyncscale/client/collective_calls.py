@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -25,7 +25,8 @@ class CollectiveCalls:
         results = await calls.start("reset_prefix_cache", [], lockstep=True)
 
     dispatcher: has the connections that calls go over. tandem: of engines that step together; others are held one by
-    one. Who is cancelled while it waits has no influence on what it asked for.
+    one. Who is cancelled while it waits has no influence on what it asked for. own_methods: what the owner does itself,
+    for all engines.
     """
 
     def __init__(self, dispatcher: Dispatcher, tandem: TandemHub | None) -> None:
@@ -34,6 +35,7 @@ class CollectiveCalls:
         self._tasks: set[asyncio.Task[Results]] = set()
         self._lockstep = asyncio.Lock()
         self._ended: Exception | None = None
+        self.own_methods: dict[str, Callable[[Sequence[msgspec.Raw]], Coroutine[Any, Any, Results]]] = {}
 
     def start(self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False) -> Awaitable[Results]:
         """Run a registered method once on every engine; results in engine order.
@@ -41,6 +43,8 @@ class CollectiveCalls:
         lockstep: while none of them computes. In tandem, that is so of a pause, too, and until it ends no wave begins:
         engines that pause on their own would keep each other busy with dummy batches.
         """
+        if method in self.own_methods:
+            return self._run(self.own_methods[method](args))
         if self._tandem is not None and method == "pause":
             return self._run(self._pause(self._tandem, args))
         if self._tandem is not None and method == "resume":
@@ -50,28 +54,35 @@ class CollectiveCalls:
         return self._dispatcher.call(method, args)
 
     def close(self, error: Exception) -> None:
-        """Wait for nothing any more: calls that have not been sent end with this error."""
+        """Calls that have no results yet end with this error."""
         self._ended = error
+        for task in self._tasks:
+            task.cancel()
         if self._tandem is not None:
             self._tandem.end(error)
 
     def _run(self, calling: Coroutine[Any, Any, Results]) -> Awaitable[Results]:
-        task = asyncio.ensure_future(_results(calling))
+        task = asyncio.ensure_future(calling)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return asyncio.shield(task)
+        answer: asyncio.Future[Results] = task.get_loop().create_future()
+        task.add_done_callback(lambda task: self._answer(answer, task))
+        return answer
+
+    def _answer(self, answer: asyncio.Future[Results], task: asyncio.Task[Results]) -> None:
+        self._tasks.discard(task)
+        error = self._ended if task.cancelled() else task.exception()
+        if answer.done():  # who waited for it was cancelled
+            return
+        if isinstance(error, EngineError):  # no engine was called, as the group will never be whole again
+            answer.set_result([messages.EngineResult(error.engine_id, error=str(error.args[0]), died=True)])
+        elif error is not None:
+            answer.set_exception(fresh(error))
+        else:
+            answer.set_result(task.result())
 
     async def _call_in_lockstep(self, method: str, args: Sequence[msgspec.Raw]) -> Results:
-        async with self._turn(), self._rest():
+        async with self._lockstep, self._rest():
             return await self._dispatcher.call(method, args)
-
-    @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Within it, nobody else has the engines rest or go on."""
-        async with self._lockstep:
-            if self._ended is not None:
-                raise fresh(self._ended)
-            yield
 
     @contextlib.asynccontextmanager
     async def _rest(self) -> AsyncIterator[None]:
@@ -87,20 +98,12 @@ class CollectiveCalls:
             await self._dispatcher.call("_release_steps", [])
 
     async def _pause(self, tandem: TandemHub, args: Sequence[msgspec.Raw]) -> Results:
-        async with self._turn():
+        async with self._lockstep:
             await tandem.hold("pause")
             return await self._dispatcher.call("pause", args)
 
     async def _resume(self, tandem: TandemHub, args: Sequence[msgspec.Raw]) -> Results:
-        async with self._turn():
+        async with self._lockstep:
             results = await self._dispatcher.call("resume", args)
             tandem.release("pause")
             return results
-
-
-async def _results(calling: Coroutine[Any, Any, Results]) -> Results:
-    """Of a call, also of one that no engine has heard of, as there will never be a group again."""
-    try:
-        return await calling
-    except EngineError as error:
-        return [messages.EngineResult(error.engine_id, error=str(error.args[0]), died=True)]

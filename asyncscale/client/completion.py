@@ -106,6 +106,8 @@ class Completion:
     """A finished request; `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first choice.
 
     prompt_logprobs: per prompt token, {token id: Logprob}; None for the first, which nothing predicts.
+    weight_versions: of the weights that made its tokens, in order: (0,) are those of the start, (0, 1) were changed
+    once meanwhile. See `AsyncScaleClient.update_weights`.
     """
 
     request_id: str
@@ -113,6 +115,7 @@ class Completion:
     choices: tuple[ChoiceCompletion, ...]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     timing: Timing
+    weight_versions: tuple[int, ...] = (0,)
 
     if not TYPE_CHECKING:  # type checkers say as much of their own
 

@@ -30,6 +30,7 @@ from asyncscale.client.metrics_link import MetricsLink
 from asyncscale.client.roster import Roster
 from asyncscale.client.supervisor import Launch, Supervisor
 from asyncscale.client.tandem_hub import TandemHub
+from asyncscale.client.weight_updates import WeightUpdates
 from asyncscale.config import ModelSource
 from asyncscale.errors import AsyncScaleError, ClientClosedError, EngineError
 from asyncscale.metrics.snapshot import Counts
@@ -99,6 +100,8 @@ class OwnedEngines:
             self._tandem = TandemHub(len(launch.places), folder, self.supervisor.tell_all, self._tell_clients)
             dispatcher.on_request_sent = self._tandem.request_sent
         self._calls = CollectiveCalls(dispatcher, self._tandem)
+        weights = WeightUpdates(self.model, self.supervisor, self._calls.start)
+        self._calls.own_methods["update_weights"] = weights.run
         try:
             self.supervisor.spawn()
             self._coordinator = Coordinator(

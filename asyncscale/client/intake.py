@@ -56,6 +56,8 @@ class Intake:
             self._on_started(started)
         for wire_id in outputs.preempted:
             self._on_preempted(engine_id, wire_id)
+        if outputs.weight_version:
+            self._on_weight_version(outputs)
         now = time.monotonic()
         find = self._live.choices.get
         to_check: list[ChoiceStream] = []
@@ -112,6 +114,12 @@ class Intake:
             request.num_preemptions += 1
             if request.span is not None:
                 request.span.preempted(engine_id)
+
+    def _on_weight_version(self, outputs: messages.Outputs) -> None:
+        for wire_id in outputs.request_ids:
+            choice = self._live.choices.get(wire_id)
+            if choice is not None and choice.finish_reason is None:
+                choice.request.note_weight_version(outputs.weight_version)
 
     def _on_first_token(self, engine_id: int, request: RequestStream, now: float) -> None:
         if request.first_token_at is None:

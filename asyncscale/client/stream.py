@@ -59,6 +59,7 @@ class RequestStream:
         "session",
         "span",
         "timer",
+        "weight_versions",
     )
 
     def __init__(
@@ -105,6 +106,7 @@ class RequestStream:
         self.timer: asyncio.TimerHandle | None = None
         self.span: RequestSpan | None = None  # if it is traced
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.weight_versions: list[int] = []  # of its tokens so far, if any of them is not of version 0
         # With one choice, tokens arrive in its own order; with more, this is the order over all: the choice of each
         # arrival.
         self.arrivals: list[int] | None = [] if params.n > 1 else None
@@ -160,6 +162,13 @@ class RequestStream:
         """Tokens so far, over all choices."""
         return len(self.choices[0].token_ids) if self.arrivals is None else len(self.arrivals)
 
+    def note_weight_version(self, version: int) -> None:
+        """The next tokens are of this version, which is not 0."""
+        if not self.weight_versions and self.num_tokens:
+            self.weight_versions.append(0)
+        if self.weight_versions[-1:] != [version]:
+            self.weight_versions.append(version)
+
     def choice_finished(self) -> None:
         """One of the choices has all its tokens."""
         self._num_open -= 1
@@ -210,6 +219,7 @@ class RequestStream:
             choices=tuple(_choice_completion(choice) for choice in self.choices),
             prompt_logprobs=_prompt_logprobs(self),
             timing=self.timing(),
+            weight_versions=tuple(self.weight_versions) or ((0,) if self.num_tokens else ()),
         )
 
     def timing(self) -> Timing:

@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -53,7 +53,8 @@ class Launch:
 
     places: one for each engine; who is started again goes back there.
     timeout: seconds until all must be ready. on_loading: engine id, phase, fraction done.
-    max_restarts, hang_timeout: see AsyncScaleClient. tcp: where they listen; None: in the private folder.
+    weight_version: how often the weights of `model` were changed. max_restarts, hang_timeout: see AsyncScaleClient.
+    tcp: where they listen; None: in the private folder.
     """
 
     model: ModelSource
@@ -64,6 +65,7 @@ class Launch:
     max_restarts: int
     hang_timeout: float | None
     tcp: TcpBinding | None = None
+    weight_version: int = 0
 
     @property
     def in_tandem(self) -> bool:
@@ -133,6 +135,7 @@ class Supervisor:
             num_engines=len(self._launch.places),
             folder=self.folder,
             model=self._launch.model,
+            weight_version=self._launch.weight_version,
             config=msgspec.structs.replace(self._launch.config, threads_per_engine=place.num_threads),
             tcp=self._launch.tcp,
             cpus=place.cpus,
@@ -179,7 +182,19 @@ class Supervisor:
         for engine in self.engines.values():
             engine.tell(message)
 
+    def use_weights(self, model: ModelSource, version: int) -> None:
+        """For all that start from now on; one that starts already is started once more."""
+        self._launch = replace(self._launch, model=model, weight_version=version)
+
+    def restart(self, engine_id: int, verdict: str) -> None:
+        """Kill an engine, as it cannot go on with what the others do."""
+        if engine_id in self.engines:
+            self.engines[engine_id].kill(verdict)
+
     def _engine_ready(self, engine: EngineProcess, facts: messages.EngineFacts) -> None:
+        if facts.weight_version != self._launch.weight_version:
+            engine.kill(f"(the weights changed to version {self._launch.weight_version} while it started)")
+            return
         engine.facts = facts
         engine.ready_at = self._loop.time()
         self._cancel_timer(engine.engine_id)

@@ -22,6 +22,7 @@ from asyncscale.engine.request import Request
 from asyncscale.engine.runner import Runner
 from asyncscale.engine.scheduler import Scheduler
 from asyncscale.engine.stop_conditions import StopConditions
+from asyncscale.engine.weight_updates import WeightUpdates
 from asyncscale.messages import Add, Finished, FinishReason, Load, Outputs, Started, fair_share
 from asyncscale.metrics.engine_counters import EngineCounters
 from asyncscale.metrics.request_counters import client_id
@@ -44,8 +45,8 @@ class EngineCore:
     raises passes through `step`: the engine is then broken.
 
     methods: what clients may call by name; those that begin with an underscore are for the owner's own use.
-    load_version: changes whenever running, waiting or `by_client` change.
-    clock: seconds, monotonic. counters: where to count what it does.
+    load_version: changes whenever running, waiting or `by_client` change. clock: seconds, monotonic. counters: where to
+    count what it does. weight_version: of the runner's weights.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class EngineCore:
         *,
         clock: Callable[[], float] = time.monotonic,
         counters: EngineCounters | None = None,
+        weight_version: int = 0,
     ) -> None:
         self._runner = runner
         self._clock = clock
@@ -62,7 +64,7 @@ class EngineCore:
         if not runner.supports_prefix_caching:
             config = msgspec.structs.replace(config, enable_prefix_caching=False)
         self._max_num_seqs = config.max_num_seqs
-        self._outbox = Outbox(config.max_num_seqs)
+        self._outbox = Outbox(config.max_num_seqs, weight_version)
         self._scheduler = Scheduler(config, num_blocks=runner.num_blocks, max_model_len=runner.max_model_len)
         self._stops = StopConditions(self._scheduler.table, runner.vocab_size)
         self._scheduler.listeners = (runner, self._stops, self._outbox)
@@ -91,6 +93,7 @@ class EngineCore:
             "resume": self.resume,
             "_hold_steps": self.hold_steps,
             "_release_steps": self.release_steps,
+            **WeightUpdates(runner, self).methods,
         }
 
     @property
@@ -235,6 +238,16 @@ class EngineCore:
         if accepting != self._accepting:
             self._accepting = accepting
             self._load_changed()
+
+    def weights_changed(self, version: int, *, recompute: bool) -> None:
+        """The runner has other weights from now on: no keys and values of those before are shared any more.
+
+        recompute: those of the requests that run are computed anew, too.
+        """
+        self._outbox.weight_version = version
+        self._scheduler.weights_changed(recompute=recompute)
+        self._load_changed()
+        _log.info("weights of version %d, with %d requests", version, self._num_alive)
 
     def kv_cache_stats(self) -> dict[str, int]:
         """Blocks by state, and the prefix cache's use in tokens (looked up and found at first admission)."""

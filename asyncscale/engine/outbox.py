@@ -31,9 +31,11 @@ class Outbox:
     """Collects tokens and endings, and makes one Outputs per client of them.
 
     Rows carry a small number for their client, so that a step's tokens are split by client with one sort.
+    weight_version: of the weights that make what is collected from now on; may be set between two steps.
     """
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, weight_version: int = 0) -> None:
+        self.weight_version = weight_version
         self._request_ids: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
         self._client_numbers: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
         self._num_prompt_logprobs = [0] * max_num_seqs  # prompt positions seen since the row was occupied
@@ -119,6 +121,7 @@ class Outbox:
                 draft.prompt_logprobs,
                 started=draft.started,
                 preempted=draft.preempted,
+                weight_version=self.weight_version,
             )
             for client, draft in drafts.items()
         }

@@ -98,6 +98,7 @@ class _Engine:
             load_s=time.monotonic() - started,
             pid=os.getpid(),
             in_tandem=spec.in_tandem,
+            weight_version=spec.weight_version,
         )
         context = transport.make_context()
         self._socket = transport.bind_router(
@@ -109,7 +110,7 @@ class _Engine:
         )
         runner.progress = progress
         counters = EngineCounters(spec.counters_path)
-        core = EngineCore(runner, spec.config, counters=counters)
+        core = EngineCore(runner, spec.config, counters=counters, weight_version=spec.weight_version)
         member = GroupMember(TandemCore(core, runner, group), self._mailbox, self._tell) if group else None
         return EngineServer(core, self._socket, spec.num_engines, progress, counters, member)
 

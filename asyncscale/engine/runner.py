@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+from asyncscale.config import ModelSource
 from asyncscale.engine.batch import Batch, StepResult
 from asyncscale.engine.request import Request
 from asyncscale.progress import Progress
@@ -21,6 +22,7 @@ class Runner(Protocol):
     drafted then.
     progress: where to tick again and again while a batch is computed, at least once in each layer. It is how a long
     step is told from one that hangs; whoever runs the engine may set it.
+    use_weights: computes with other weights from now on, which `load_weights` has returned; those before are freed.
     """
 
     vocab_size: int
@@ -30,6 +32,14 @@ class Runner(Protocol):
     supports_prefix_caching: bool
     token_cost: float
     progress: Progress
+
+    def load_weights(self, model: ModelSource, progress: Callable[[float], None]) -> Any:
+        """Weights for the same architecture. From any thread; progress is called with the fraction that is loaded.
+
+        Raises ModelLoadError.
+        """
+
+    def use_weights(self, weights: Any) -> None: ...
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on (also when it comes back after a preemption)."""

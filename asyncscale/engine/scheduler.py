@@ -21,6 +21,7 @@ from asyncscale.engine.drafting import Drafter
 from asyncscale.engine.request import Request
 from asyncscale.engine.waiting_queue import WaitingQueue
 
+_NOTHING_TO_CACHE = np.iinfo(np.int32).max  # as if all blocks of the row were cached already
 _NO_PRIORITY = np.iinfo(np.int64).min  # of a row without request: never the worst
 
 
@@ -126,6 +127,19 @@ class Scheduler:
         table.token_ids[result.rows, positions] = result.token_ids
         table.num_tokens[result.rows] = positions + 1
         return complete
+
+    def weights_changed(self, *, recompute: bool) -> None:
+        """No keys and values that were computed until now are found any more in the prefix cache.
+
+        recompute: requests that run are queued to be computed anew; else they go on with what they have, and the cache
+        gets nothing of them.
+        """
+        for request in list(self.running()):
+            if recompute:
+                self._requeue(request)
+            else:
+                self._num_cached_blocks[request.row] = _NOTHING_TO_CACHE
+        self.pool.reset_cache()
 
     def check_integrity(self) -> None:
         """Audit rows and blocks; raises RuntimeError. For tests."""
@@ -285,7 +299,7 @@ class Scheduler:
         row = request.row
         start = int(self._num_cached_blocks[row])
         end = int(self.table.num_computed_tokens[row]) // self.table.block_size
-        if start == end:
+        if start >= end:
             return
         self._extend_digests(request, self.table.token_ids[row], end)
         blocks = self.table.block_table[row, start:end].tolist()
@@ -376,8 +390,12 @@ class Scheduler:
         self._rows = None
 
     def _preempt(self, request: Request) -> None:
-        request.token_ids = self.table.token_ids[request.row, : self.table.num_tokens[request.row]].copy()
         request.num_preemptions += 1
         self._preempted.append(request)
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        """Take its row and blocks away; it is computed anew when there is room."""
+        request.token_ids = self.table.token_ids[request.row, : self.table.num_tokens[request.row]].copy()
         self._vacate(request)
         self._waiting.push(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,7 @@ class Decoder(Protocol):
     rope_factors: divisors of RoPE's frequencies that the checkpoint holds, float32[head_dim / 2].
     token_cost: see engine.runner.Runner; infinite where logits depend on what else is computed beside them.
     progress: where ticks are counted while a step is computed, at least one in each layer; may be set.
+    use_weights: computes with other weights from now on, which `load_weights` has returned; those before are freed.
     """
 
     dtype: str
@@ -63,6 +64,11 @@ class Decoder(Protocol):
     token_cost: float
     rope_factors: Float32 | None
     progress: Progress
+
+    def load_weights(self, files: CheckpointFiles, progress: Callable[[float], None]) -> Any:
+        """The weights of other files of this architecture. From any thread. Raises ModelLoadError."""
+
+    def use_weights(self, weights: Any) -> None: ...
 
     def forward(self, step: StepTokens) -> None:
         """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache.

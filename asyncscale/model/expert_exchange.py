@@ -1,6 +1,6 @@
 """Rows to the engines that hold their experts, and back, where a model's experts are spread over the engines.
 
-Imports no torch: tensors are whoever calls this has made them.
+Imports no torch until an exchange is made.
 """
 
 from __future__ import annotations
@@ -77,9 +77,13 @@ class ExpertExchange:
     """
 
     def __init__(self, group: RowGroup, num_experts: int) -> None:
+        # Imported here, as it needs torch.
+        from asyncscale.model.expert_parcels import ExpertParcels
+
         self._group = group
         self._shares = [ExpertShare.of(i, group.num_engines, num_experts) for i in range(group.num_engines)]
         self.share = self._shares[group.engine_id]
+        self._parcels = ExpertParcels(group, self._shares)
         self._way: _Way | _WayOfOne
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,13 +100,10 @@ class ExpertExchange:
             here = slice(first, first + int(counts_here.sum()))
             self._way = _WayOfOne(here, len(rows))
             return rows[here], counts_here
-        of_engines = counts.new_empty(len(self._shares), len(self.share))
-        same = [len(self.share)] * len(self._shares)
-        self._group.all_to_all(of_engines.view(-1), counts, same, [len(share) for share in self._shares])
-        sent = [int(counts[share.span].sum()) for share in self._shares]
+        numbers = counts.tolist()
+        sent = [sum(numbers[share.span]) for share in self._shares]
+        by_engine, of_engines = self._parcels.exchange(rows, counts, sent)
         received = [int(n) for n in of_engines.sum(1).tolist()]
-        by_engine = rows.new_empty(sum(received), *rows.shape[1:])
-        self._group.all_to_all(by_engine, rows.contiguous(), received, sent)
         order = _transposition(of_engines)
         self._way = _Way(sent, received, order)
         return by_engine[order], of_engines.sum(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +32,11 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf(
-    path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wanted: Iterable[str]
-) -> Iterator[tuple[str, Float32]]:
-    """Of the tensors of `shapes`, which are to be all there are, those that are wanted.
+    path: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Callable[[], Float32]]:
+    """Of every tensor of `shapes` a function that reads it.
 
-    Raises ModelLoadError, naming the tensor as the file does, before the first one.
+    Raises ModelLoadError, naming the tensor as the file does.
     """
     file = GGUFFile(path)
     names = {name: gguf_name(name) for name in shapes}
@@ -46,9 +47,12 @@ def read_gguf(
         if stored not in file.tensors:
             raise ModelLoadError(f"{file.path}: tensor {stored!r} is missing")
         _check_shape(file, stored, shapes[name])
-    for name in wanted:
-        tensor = file.tensors[names[name]].dequantize()
-        yield name, _rotation_halves(tensor, config) if _is_permuted(name, config) else tensor
+    return {name: partial(_read, file, stored, name, config) for name, stored in names.items()}
+
+
+def _read(file: GGUFFile, stored: str, name: str, config: ModelConfig) -> Float32:
+    tensor = file.tensors[stored].dequantize()
+    return _rotation_halves(tensor, config) if _is_permuted(name, config) else tensor
 
 
 def read_gguf_rope_factors(file: GGUFFile, config: ModelConfig) -> Float32 | None:

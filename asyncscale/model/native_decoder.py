@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +24,10 @@ from asyncscale.memory import available_memory
 from asyncscale.model.cache_size import num_cache_blocks
 from asyncscale.model.decoder import Report, StepTokens
 from asyncscale.model.expert_exchange import ExpertExchange, ExpertShare, RowGroup
+from asyncscale.model.file_lock import remove_unless_used
 from asyncscale.model.packing import head_format
 from asyncscale.model.threads import num_threads
-from asyncscale.model.weight_cache import packed_weights
+from asyncscale.model.weight_cache import PackedWeights, packed_weights
 from asyncscale.progress import Progress
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ class NativeDecoder:
     magnitude).
     """
 
+    _passing_path: Path | None = None
+
     def __init__(
         self,
         library: Library,
@@ -67,17 +72,18 @@ class NativeDecoder:
         self.dtype: str = weight_format
         counts = WeightCounts.of(model)
         self.token_cost = _TOKEN_COST + counts.per_token / counts.every_step
-        weights = packed_weights(files, model, weight_format, lambda fraction: report("weights", fraction))
+        self._architecture, self._weight_format = model, weight_format
+        weights = self.load_weights(files, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
-        share: ExpertShare | None = None
+        self._share: ExpertShare | None = None
         self._exchange: NativeExchange | None = None
         if group is not None and model.experts is not None:
             # Imported here, as it needs torch.
             from asyncscale.model.native_exchange import NativeExchange
 
             exchange = ExpertExchange(group, model.experts.num_experts)
-            share, self._exchange = exchange.share, NativeExchange(exchange)
-        self._model = _Model(model, weights.tensors, weight_format, share)
+            self._share, self._exchange = exchange.share, NativeExchange(exchange)
+        self.use_weights(weights)
         self._cache = native.Cache(
             format=FORMATS[cache_format],
             num_layers=model.num_layers,
@@ -114,6 +120,17 @@ class NativeDecoder:
     def progress(self, progress: Progress) -> None:
         self._progress = progress
         self._step.ticks = progress.ticks_address
+
+    def load_weights(self, files: CheckpointFiles, progress: Callable[[float], None]) -> PackedWeights:
+        """The weights of `files`, for `use_weights`. From any thread."""
+        return packed_weights(files, self._architecture, self._weight_format, progress)
+
+    def use_weights(self, weights: PackedWeights) -> None:
+        """Compute with these from now on; those before are freed."""
+        before, self._passing_path = self._passing_path, weights.passing_path
+        self._model = _Model(self._architecture, weights.tensors, self._weight_format, self._share)
+        if before is not None and before != self._passing_path:
+            remove_unless_used(before)  # the last engine that has it does
 
     def forward(self, step: StepTokens) -> None:
         """Compute the hidden states of all tokens, kept until the next call; keys and values go to the cache.

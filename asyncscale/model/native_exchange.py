@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from asyncscale.kernels import library as native
 from asyncscale.model.expert_exchange import ExpertExchange
+from asyncscale.tandem.collective_errors import CollectiveError
 
 
 class NativeExchange:
@@ -25,6 +27,7 @@ class NativeExchange:
     """
 
     def __init__(self, exchange: ExpertExchange) -> None:
+        torch.set_num_threads(1)  # it only moves rows here; the cores are the library's threads'
         self._exchange = exchange
         self._received = torch.empty((0, 0), dtype=torch.int32)
         self._received_first = torch.zeros(len(exchange.share) + 1, dtype=torch.int64)
@@ -37,11 +40,12 @@ class NativeExchange:
             received_first=self._received_first.data_ptr(),
         )
 
-    def raise_failure(self) -> None:
+    def raise_failure(self) -> NoReturn:
         """Raise what made the last step fail."""
         failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if failure is None:  # it came before it could be kept, as an interrupt may
+            failure = CollectiveError("a step was interrupted while it exchanged rows")
+        raise failure
 
     def _dispatch(self, rows: int, num_words: int, first_rows: int, num_experts: int, room_words: int) -> bool:
         try:

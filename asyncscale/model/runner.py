@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from asyncscale.checkpoint.model_config import ModelConfig
-from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
+from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec, ModelSource
 from asyncscale.engine.batch import Batch, SequenceTable, StepResult
 from asyncscale.engine.request import Request
 from asyncscale.engine.verification import find_kept, sample_points
@@ -70,6 +71,16 @@ class ModelRunner:
     @progress.setter
     def progress(self, progress: Progress) -> None:
         self.decoder.progress = progress
+
+    def load_weights(self, model: ModelSource, progress: Callable[[float], None]) -> Any:
+        """The weights of `model`, for `use_weights`. From any thread."""
+        if not isinstance(model, CheckpointFiles):
+            raise TypeError(f"ModelRunner computes checkpoints, not {type(model).__name__}")
+        return self.decoder.load_weights(model, progress)
+
+    def use_weights(self, weights: Any) -> None:
+        """Compute with these from now on."""
+        self.decoder.use_weights(weights)
 
     def add(self, row: int, request: Request) -> None:
         """`request` occupies `row` from now on."""

@@ -1,4 +1,4 @@
-"""The tensors of a folder of safetensors files, mapped and widened to float32.
+"""The tensors of safetensors files, mapped and widened to float32.
 
 The format: https://huggingface.co/docs/safetensors. The library checks a file's header; the data are read here, because
 numpy, which it would return them in, has no bfloat16.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.errors import ModelLoadError
 from asyncscale.model.expert_tensors import common_name, expert_tensors
+from asyncscale.suggestions import closest
+
+Readers = dict[str, Callable[[], npt.NDArray[np.float32]]]
 
 _STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 # Tensors that some checkpoints hold besides the weights, and that are derived from the configuration.
@@ -49,26 +52,28 @@ class _Stored:
         return exact
 
 
-def read_safetensors(
-    folder: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wanted: Iterable[str]
-) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Of the tensors of `shapes`, which are to be all there are, those that are wanted.
-
-    Raises ModelLoadError, naming file and tensor, before the first one.
-    """
-    found: dict[str, _Stored] = {}
-    for path in _files(folder):
-        for stored_name, whole in _stored(path):
-            for name, stored in _parts(common_name(stored_name), whole):
-                if name in shapes:
-                    found[name] = _checked(stored, stored_name, shapes[name])
-                elif not _is_ignorable(name, config):
-                    raise ModelLoadError(f"{path}: tensor {stored_name!r} is not part of a {config.architecture}")
+def read_safetensors(folder: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Readers:
+    """Of every tensor of `shapes` a function that reads it. Raises ModelLoadError, naming file and tensor."""
+    found = find_safetensors(_files(folder), config, shapes)
     missing = shapes.keys() - found.keys()
     if missing:
         raise ModelLoadError(f"{folder}: {len(missing)} tensors are missing, among them {min(missing)!r}")
-    for name in wanted:
-        yield name, found[name].read()
+    return found
+
+
+def find_safetensors(paths: Iterable[str], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Readers:
+    """As `read_safetensors`, of those tensors of `shapes` that are in these files."""
+    found: Readers = {}
+    for path in paths:
+        for stored_name, whole in _stored(path):
+            for name, stored in _parts(common_name(stored_name), whole):
+                if name in shapes:
+                    found[name] = _checked(stored, stored_name, shapes[name]).read
+                elif not _is_ignorable(name, config):
+                    meant = closest(name, shapes)
+                    hint = f"; did you mean {meant!r}?" if meant else ""
+                    raise ModelLoadError(f"{path}: tensor {stored_name!r} is not part of a {config.architecture}{hint}")
+    return found
 
 
 def _files(folder: str) -> list[str]:

@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from asyncscale.config import EngineConfig, Fault, SimulatedModel
+from asyncscale.config import EngineConfig, Fault, ModelSource, SimulatedModel
 from asyncscale.engine.batch import Batch, Int32, StepResult
 from asyncscale.engine.request import Request
 from asyncscale.engine.verification import find_kept, sample_points
@@ -57,6 +57,12 @@ class SimulatedRunner:
         self._fault_rows: dict[int, Fault] = {}
         self.progress = Progress()
         time.sleep(model.load_s)
+
+    def load_weights(self, model: ModelSource, progress: Callable[[float], None]) -> None:
+        """There are none: only their versions are counted."""
+
+    def use_weights(self, weights: None) -> None:
+        pass
 
     def add(self, row: int, request: Request) -> None:
         sampling = request.sampling

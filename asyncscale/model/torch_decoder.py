@@ -7,6 +7,7 @@ are cases of. Inference only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from asyncscale.model.torch_devices import engine_device
 from asyncscale.model.torch_experts import MLP, ExpertLayer, Experts, Router
 from asyncscale.model.torch_kv_cache import KVCache, bytes_per_block
 from asyncscale.model.torch_linear import Linear
-from asyncscale.model.torch_weights import load_weights
+from asyncscale.model.torch_weights import Weights, load_weights
 from asyncscale.progress import Progress
 
 
@@ -51,15 +52,13 @@ class TorchDecoder:
         self._device = engine_device(spec.engine_id)
         self._dtype = _dtype(spec.config.dtype, self._device)
         self.dtype = str(self._dtype).removeprefix("torch.")
-        exchange: ExpertExchange | None = None
+        self._architecture = model
+        self._exchange: ExpertExchange | None = None
         if group is not None and model.experts is not None:
-            exchange = ExpertExchange(group, model.experts.num_experts)
-        share = exchange.share if exchange is not None else None
-        weights = load_weights(
-            files, model, self._dtype, self._device, lambda fraction: report("weights", fraction), share
-        )
+            self._exchange = ExpertExchange(group, model.experts.num_experts)
+        weights = self.load_weights(files, lambda fraction: report("weights", fraction))
         self.rope_factors = weights.rope_factors
-        self._take(weights.tensors, model, exchange)
+        self.use_weights(weights)
         block_bytes = bytes_per_block(model, spec.config.block_size, self._dtype)
         self.num_blocks = num_cache_blocks(spec, max_model_len, block_bytes, _available_memory(self._device))
         self._cache = KVCache(model, self.num_blocks, spec.config.block_size, self._dtype, self._device)
@@ -68,11 +67,18 @@ class TorchDecoder:
         self._hidden = torch.empty(0)
         self.progress = Progress()
 
-    def _take(self, tensors: dict[str, Tensor], model: ModelConfig, exchange: ExpertExchange | None) -> None:
-        """Takes the tensors out, so that none is held twice when layers store theirs in another layout."""
+    def load_weights(self, files: CheckpointFiles, progress: Callable[[float], None]) -> Weights:
+        """The weights of `files`, for `use_weights`. From any thread."""
+        share = self._exchange.share if self._exchange is not None else None
+        return load_weights(files, self._architecture, self._dtype, self._device, progress, share)
+
+    def use_weights(self, weights: Weights) -> None:
+        """Compute with these from now on. Takes them out of `weights`, so that none is held twice when layers store
+        theirs in another layout."""
+        tensors, model = weights.tensors, self._architecture
         self._eps = model.rms_norm_eps
         self._embedding = tensors.pop("model.embed_tokens.weight")
-        self._layers = [_Layer(model, tensors, i, exchange) for i in range(model.num_layers)]
+        self._layers = [_Layer(model, tensors, i, self._exchange) for i in range(model.num_layers)]
         self._norm = tensors.pop("model.norm.weight").float()
         self._head = Linear(tensors.pop("lm_head.weight"))
         self._windows = set(model.layer_windows)

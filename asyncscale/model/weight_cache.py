@@ -59,10 +59,12 @@ class PackedWeights:
     """tensors: as packing.py lists them; they cannot be written, and start at multiples of 64 bytes.
 
     rope_factors: float32[head_dim / 2], divisors of RoPE's frequencies, where the checkpoint has them.
+    passing_path: of their file, where it is of no use when nobody has it mapped any more: that of an update.
     """
 
     tensors: Arrays
     rope_factors: npt.NDArray[np.float32] | None
+    passing_path: Path | None = None
 
 
 def packed_weights(
@@ -94,7 +96,7 @@ def packed_weights(
         tensors = _own(source)
     source.progress(1.0)
     rope_factors = tensors.pop(_ROPE_FACTORS, None)
-    return PackedWeights(tensors, rope_factors)
+    return PackedWeights(tensors, rope_factors, _path(source) if files.updates else None)
 
 
 class _Source:
@@ -110,7 +112,8 @@ class _Source:
         path = Path(files.path)
         paths = [path] if files.format == "gguf" else weight_files(path)
         self._digest = ContentDigest(paths, _folder() / "digests")
-        listing = [PACKING_VERSION, sys.byteorder, weight_format, head_format(weight_format), config]
+        updates = [update.sha256 for update in files.updates]
+        listing = [PACKING_VERSION, sys.byteorder, weight_format, head_format(weight_format), config, *updates]
         self.content = hashlib.sha256(msgspec.json.encode([self._digest.sha256, *listing])).hexdigest()
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -134,8 +137,12 @@ def _folder() -> Path:
     return cache_folder() / "weights"
 
 
+def _path(source: _Source) -> Path:
+    return _folder() / f"{source.content}.weights"
+
+
 def _from_cache(source: _Source) -> Arrays:
-    path = _folder() / f"{source.content}.weights"
+    path = _path(source)
     with contextlib.suppress(FileNotFoundError, DamagedFileError):
         return _mapped(path, source.content)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,11 @@ from asyncscale.checkpoint.experts_config import ExpertsConfig
 from asyncscale.checkpoint.gguf_file import GGUFFile
 from asyncscale.checkpoint.model_config import ModelConfig
 from asyncscale.config import CheckpointFiles
+from asyncscale.errors import ModelLoadError
 from asyncscale.model.expert_exchange import ExpertShare
 from asyncscale.model.expert_tensors import expert_of
 from asyncscale.model.gguf_weights import read_gguf, read_gguf_rope_factors
-from asyncscale.model.safetensors_weights import read_safetensors
+from asyncscale.model.safetensors_weights import Readers, find_safetensors, read_safetensors
 
 Float32 = npt.NDArray[np.float32]
 Shapes = dict[str, tuple[int, ...]]
@@ -34,21 +35,38 @@ def read_weights(
         for name, tensor in read_weights(files, config):
             packed[name] = pack(tensor)
 
-    `lm_head.weight` is always among them; a tied model's is its embedding, again. Tensors may be views of the mapped
-    file, which cannot be written. `progress` is called with the fraction that is read. `share`: the experts whose
-    tensors are read, instead of all; the others are still checked.
+    Of updates, the newest that has a tensor counts; what they replace is not read. `lm_head.weight` is always among
+    them; a tied model's is its embedding, again. Tensors may be views of the mapped file, which cannot be written.
+    `progress` is called with the fraction that is read. `share`: the experts whose tensors are read, instead of all;
+    the others are still checked.
     Raises ModelLoadError, naming file and tensor, where one is missing, of another shape, or not of this architecture,
     and where a file cannot be read; all but defects of the data before the first tensor.
     """
     shapes = weight_shapes(config)
     wanted = [name for name in shapes if share is None or (expert := expert_of(name)) is None or expert in share]
     read = read_gguf if files.format == "gguf" else read_safetensors
-    for count, (name, tensor) in enumerate(read(files.path, config, shapes, wanted), 1):
+    tensors = read(files.path, config, shapes)
+    for update in files.updates:
+        tensors |= find_update(update.paths, config)
+    for count, name in enumerate(wanted, 1):
+        tensor = tensors[name]()
         yield name, tensor
         if name == _EMBEDDING and config.tie_word_embeddings:
             yield _HEAD, tensor
         if progress is not None:
             progress(count / len(wanted))
+
+
+def find_update(paths: Iterable[str], config: ModelConfig) -> Readers:
+    """The tensors of an update's safetensors files, each with a function that reads it: some of `weight_shapes`.
+
+    Raises ModelLoadError, naming file and tensor, where one does not fit the architecture, or there is none.
+    """
+    paths = list(paths)
+    found = find_safetensors(paths, config, weight_shapes(config))
+    if not found:
+        raise ModelLoadError(f"there is no weight of a {config.architecture} in {', '.join(paths)}")
+    return found
 
 
 def read_rope_factors(files: CheckpointFiles, config: ModelConfig) -> Float32 | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from group_of_threads import GroupOfThreads, Member
@@ -9,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from asyncscale.model import expert_parcels
 from asyncscale.model.expert_exchange import ExpertExchange, ExpertShare
-from asyncscale.tandem.core import CollectiveError
+from asyncscale.tandem.collective_errors import CollectiveError
 
 
 @given(num_engines=st.integers(1, 9), num_experts=st.integers(1, 200))
@@ -36,8 +39,11 @@ def named_rows(engine_id: int, counts: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).view(-1, 3)
 
 
-@given(counts=counts_of_engines())
-def test_rows_reach_their_experts_and_results_come_back_in_order(counts: list[list[int]]) -> None:
+@pytest.mark.parametrize("room", [1, 40, None], ids=["parcels of a row", "of some rows", "of all rows"])
+@given(data=st.data())
+def test_rows_reach_their_experts_and_results_come_back_in_order(room: int | None, data: st.DataObject) -> None:
+    """room: bytes in each parcel."""
+    counts = data.draw(counts_of_engines())
     num_experts = len(counts[0])
 
     def exchange(member: Member) -> tuple[list[list[int]], list[int], Tensor]:
@@ -47,7 +53,9 @@ def test_rows_reach_their_experts_and_results_come_back_in_order(counts: list[li
         back = exchange.combine(torch.cat([rows, rows[:, :1] * 10 + rows[:, 1:2]], 1).double())
         return rows.tolist(), counts_here.tolist(), back
 
-    for member_id, (rows, counts_here, back) in enumerate(GroupOfThreads(len(counts)).run(exchange)):
+    with patch.object(expert_parcels, "_ROOM_BYTES", room or 32768):
+        results = GroupOfThreads(len(counts)).run(exchange)
+    for member_id, (rows, counts_here, back) in enumerate(results):
         share = ExpertShare.of(member_id, len(counts), num_experts)
         assert rows == [
             [source, expert, i]
@@ -59,6 +67,20 @@ def test_rows_reach_their_experts_and_results_come_back_in_order(counts: list[li
         sent = named_rows(member_id, counts[member_id])
         assert back.dtype == torch.float64
         assert back.tolist() == torch.cat([sent, sent[:, :1] * 10 + sent[:, 1:2]], 1).tolist()
+
+
+def test_few_rows_take_one_exchange_each_way_and_one_that_has_many_makes_it_one_more_for_all() -> None:
+    def exchange(member: Member) -> list[int]:
+        exchange = ExpertExchange(member, 3)
+        made = []
+        for counts in ([1, 0, 2], [0, 3000, 0] if member.engine_id == 1 else [0, 0, 0], [0, 0, 0]):
+            before = member.num_exchanges
+            rows, _ = exchange.dispatch(named_rows(member.engine_id, counts), torch.tensor(counts))
+            assert torch.equal(exchange.combine(rows), named_rows(member.engine_id, counts))
+            made.append(member.num_exchanges - before)
+        return made
+
+    assert GroupOfThreads(3).run(exchange) == [[2, 3, 2]] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8])
@@ -97,7 +119,7 @@ def test_an_engine_without_experts_is_alone_with_no_rows() -> None:
     assert exchange.combine(rows).tolist() == [[0, 0]] * 3
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 1])
 def test_after_a_failure_the_next_exchange_starts_afresh(number: int) -> None:
     group = GroupOfThreads(2)
     exchanges = [ExpertExchange(member, 2) for member in group.members]

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from asyncscale.checkpoint.model_config import ModelConfig
-from asyncscale.config import CheckpointFiles
+from asyncscale.config import CheckpointFiles, WeightUpdate
 from asyncscale.errors import ModelLoadError
 from asyncscale.model.weights import read_weights
 
@@ -136,6 +138,19 @@ def test_a_quantized_file_is_near_to_its_folder(tmp_path: Path, make_model: Call
     files = CheckpointFiles(name="q", format="gguf", path=str(tmp_path / "q.gguf"))
     tensors = dict(read_weights(files, ModelConfig.load(files)))
     np.testing.assert_allclose(tensors["model.layers.0.mlp.up_proj.weight"], stored, atol=0.01)
+
+
+def test_an_update_of_a_gguf_file_has_hugging_faces_names(
+    tmp_path: Path, make_model: Callable[..., Any], make_runner: Callable[..., Any], drive: Any
+) -> None:
+    base, other = make_model("Llama"), make_model("Llama", seed=1)
+    files = _write(tmp_path / "m.gguf", "llama", base)
+    save_file({name: tensor.clone() for name, tensor in other.state_dict().items()}, tmp_path / "u.safetensors")
+    update = WeightUpdate(paths=(str(tmp_path / "u.safetensors"),), sha256="u")
+    updated = make_runner(msgspec.structs.replace(files, updates=(update,)))
+    whole = make_runner(_write(tmp_path / "other.gguf", "llama", other))
+    tokens = [drive(runner, max_num_seqs=4).generate(PROMPTS, 20) for runner in (updated, whole)]
+    assert tokens[0] == tokens[1]
 
 
 def test_a_missing_tensor_is_named_as_in_the_file(tmp_path: Path, make_model: Callable[..., Any]) -> None:

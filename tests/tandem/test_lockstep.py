@@ -10,6 +10,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import pytest
+from group_processes import Engine as EngineProcess
 
 from asyncscale.config import EngineConfig, SimulatedModel
 from asyncscale.engine.core import EngineCore
@@ -318,3 +319,36 @@ def test_who_waits_in_a_generation_that_ends_is_told(folder: str) -> None:
     thread.join()
     with pytest.raises(CollectiveError, match="generation 1 is over"):
         LockstepGroup(folder, 1, 2).join(1)
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_processes_notice_that_one_was_killed_and_its_successor_joins(folder: str, dead: int) -> None:
+    engines = [EngineProcess("lockstep", folder, i, 3) for i in range(3)]
+
+    def everyone(method: str, *args: object) -> list[object]:
+        for engine in engines:
+            engine.tell(method, *args)
+        return [engine.hear() for engine in engines]
+
+    open_meeting(folder, 1)
+    assert everyone("join", 1) == [None] * 3
+    assert everyone("step") == [None] * 3
+    survivors = [engine for engine in engines if engine is not engines[dead]]
+    for engine in survivors:
+        engine.tell("step")
+    engines[dead].kill()
+    for engine in survivors:
+        assert engine.hear() == "CollectiveError: another engine of generation 1 is gone"
+        engine.tell("leave")
+        assert engine.hear() is None
+    close_meeting(folder, 1)
+    engines[dead].close()
+    engines[dead] = EngineProcess("lockstep", folder, dead, 3)
+    open_meeting(folder, 2)
+    assert everyone("join", 2) == [None] * 3
+    engines[1].tell("any", True)
+    for engine in (engines[0], engines[2]):
+        engine.tell("any", False)
+    assert [engine.hear() for engine in engines] == [True] * 3
+    for engine in engines:
+        engine.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch_engines import Engine
+from group_processes import Engine
 
 from asyncscale.tandem.meeting import Meeting, close_meeting, open_meeting
 
@@ -20,7 +20,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[int, int], Engine]]:
     engines: list[Engine] = []
 
     def start_one(engine_id: int, num_engines: int) -> Engine:
-        engines.append(Engine(str(tmp_path), engine_id, num_engines))
+        engines.append(Engine("torch", str(tmp_path), engine_id, num_engines))
         return engines[-1]
 
     yield start_one

@@ -1,4 +1,4 @@
-"""Processes that meet in a `TorchGroup`, and do what they are told over a pipe."""
+"""Processes that meet in a `TorchGroup` or a `LockstepGroup`, and do what they are told over a pipe."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ import secrets
 import signal
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from asyncscale.progress import Progress, look, make_file
 from asyncscale.tandem.collective_errors import CollectiveError
 
+if TYPE_CHECKING:
+    from asyncscale.tandem.lockstep import LockstepGroup
+    from asyncscale.tandem.torch_group import TorchGroup
+
 WAIT_S = 60.0
+
+Kind = Literal["torch", "lockstep"]
 
 
 class Engine:
     """One such process; `tell` what to do, then `hear` what came of it."""
 
-    def __init__(self, folder: str, engine_id: int, num_engines: int) -> None:
+    def __init__(self, kind: Kind, folder: str, engine_id: int, num_engines: int) -> None:
         self._pipe, there = multiprocessing.Pipe()
         self._progress_path = f"{folder}/{secrets.token_hex(4)}.progress"
         make_file(self._progress_path)
         self.process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(there, folder, engine_id, num_engines, self._progress_path)
+            target=_serve, args=(there, kind, folder, engine_id, num_engines, self._progress_path)
         )
         self.process.start()
         there.close()
@@ -62,8 +68,10 @@ class Engine:
         self.process.close()
 
 
-def _serve(pipe: Connection, folder: str, engine_id: int, num_engines: int, progress_path: str) -> None:
-    worker = _Worker(folder, engine_id, num_engines, Progress(progress_path))
+def _serve(pipe: Connection, kind: Kind, folder: str, engine_id: int, num_engines: int, progress_path: str) -> None:
+    worker = (_TorchWorker if kind == "torch" else _LockstepWorker)(
+        folder, engine_id, num_engines, Progress(progress_path)
+    )
     while True:
         try:
             method, args = pipe.recv()
@@ -76,14 +84,7 @@ def _serve(pipe: Connection, folder: str, engine_id: int, num_engines: int, prog
 
 
 class _Worker:
-    def __init__(self, folder: str, engine_id: int, num_engines: int, progress: Progress) -> None:
-        import torch
-
-        from asyncscale.tandem.torch_group import TorchGroup
-
-        torch.set_num_threads(1)
-        self._torch = torch
-        self.group = TorchGroup(folder, engine_id, num_engines, progress)
+    group: TorchGroup | LockstepGroup
 
     def join(self, generation: int) -> None:
         self.group.join(generation)
@@ -93,6 +94,27 @@ class _Worker:
 
     def any(self, value: bool) -> bool:
         return self.group.any(value)
+
+
+class _LockstepWorker(_Worker):
+    def __init__(self, folder: str, engine_id: int, num_engines: int, progress: Progress) -> None:
+        from asyncscale.tandem.lockstep import LockstepGroup
+
+        self.group = LockstepGroup(folder, engine_id, num_engines, progress)
+
+    def step(self) -> None:
+        self.group.step()
+
+
+class _TorchWorker(_Worker):
+    def __init__(self, folder: str, engine_id: int, num_engines: int, progress: Progress) -> None:
+        import torch
+
+        from asyncscale.tandem.torch_group import TorchGroup
+
+        torch.set_num_threads(1)
+        self._torch = torch
+        self.group = TorchGroup(folder, engine_id, num_engines, progress)
 
     def exchange(self, dtype: str, lengths: list[list[int]]) -> list[list[list[float]]]:
         """lengths[i][j]: rows from engine i to j, which hold i, j and their number. Returns what came, by engine."""
