@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from asyncscale import AsyncScaleError
-from asyncscale.bench import chaos, model, overload, quality, routing, scale, serve, start
+from asyncscale.bench import chaos, model, overload, quality, routing, scale, serve, start, tandem
 
 _COMMANDS = {
     "serve": serve,
@@ -18,6 +18,7 @@ _COMMANDS = {
     "start": start,
     "model": model,
     "quality": quality,
+    "tandem": tandem,
 }
 
 

@@ -128,7 +128,13 @@ class OwnedEngines:
         self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False
     ) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls."""
-        return await self._calls.start(method, args, lockstep=lockstep)
+        try:
+            return await self._calls.start(method, args, lockstep=lockstep)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise ClientClosedError("the client was closed") from None
 
     def counts(self) -> Counts:
         """What engines have counted until now, and clients as far as they have said."""
