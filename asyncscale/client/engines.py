@@ -152,7 +152,7 @@ class OwnedEngines:
 
     async def stop(self) -> None:
         """End all engines."""
-        self._calls.close()
+        self._calls.close(ClientClosedError("the client was closed"))
         self._coordinator.close()
         await self.supervisor.stop()
 
@@ -189,6 +189,8 @@ class OwnedEngines:
         self._metrics.engines.down(engine.engine_id, hung=engine.hung)
         if self._tandem is not None:
             self._tandem.engine_died(engine.engine_id)
+            if not returns:
+                self._tandem.end(error)
         self._coordinator.leave(
             messages.Left(
                 engine.engine_id,
