@@ -100,8 +100,8 @@ class OwnedEngines:
             self._tandem = TandemHub(len(launch.places), folder, self.supervisor.tell_all, self._tell_clients)
             dispatcher.on_request_sent = self._tandem.request_sent
         self._calls = CollectiveCalls(dispatcher, self._tandem)
-        weights = WeightUpdates(self.model, self.supervisor, self._calls.start)
-        self._calls.own_methods["update_weights"] = weights.run
+        self._weights = WeightUpdates(self.model, self.supervisor, self._calls.start)
+        self._calls.own_methods["update_weights"] = self._weights.run
         try:
             self.supervisor.spawn()
             self._coordinator = Coordinator(
@@ -128,7 +128,18 @@ class OwnedEngines:
         self, method: str, args: Sequence[msgspec.Raw], *, lockstep: bool = False
     ) -> list[messages.EngineResult]:
         """Run a method once on every engine, in one order with all other clients' calls."""
-        return await self._calls.start(method, args, lockstep=lockstep)
+        try:
+            return await self._calls.start(method, args, lockstep=lockstep)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise ClientClosedError("the client was closed") from None
+
+    @property
+    def weight_version(self) -> int:
+        """How often the weights were changed."""
+        return self._weights.version
 
     def counts(self) -> Counts:
         """What engines have counted until now, and clients as far as they have said."""
@@ -141,7 +152,7 @@ class OwnedEngines:
 
     async def stop(self) -> None:
         """End all engines."""
-        self._calls.close()
+        self._calls.close(ClientClosedError("the client was closed"))
         self._coordinator.close()
         await self.supervisor.stop()
 
@@ -178,6 +189,8 @@ class OwnedEngines:
         self._metrics.engines.down(engine.engine_id, hung=engine.hung)
         if self._tandem is not None:
             self._tandem.engine_died(engine.engine_id)
+            if not returns:
+                self._tandem.end(error)
         self._coordinator.leave(
             messages.Left(
                 engine.engine_id,

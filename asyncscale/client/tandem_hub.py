@@ -7,12 +7,17 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Hashable
 
+from asyncscale.client.exceptions import fresh
 from asyncscale.tandem.client import ClientWaves
 from asyncscale.tandem.coordinator import CoordinatorWaves
 from asyncscale.tandem.meeting import close_meeting, open_meeting
-from asyncscale.tandem.messages import FromTandemEngine, GroupState, Wake
+from asyncscale.tandem.messages import Broken, FromTandemEngine, GroupState, Wake
 
 logger = logging.getLogger(__name__)
+
+# Who steps with an engine hears of its death some milliseconds before its owner does. So long the owner waits, lest the
+# group be formed anew with the dead.
+_DEATH_NOTICE_S = 0.1
 
 
 class TandemHub:
@@ -41,6 +46,8 @@ class TandemHub:
         self._tell_clients = tell_clients
         self._met = 0  # the newest generation that a place to meet was made for
         self._waiters: set[asyncio.Future[None]] = set()
+        self._breaking: asyncio.TimerHandle | None = None
+        self._ended: Exception | None = None
 
     @property
     def state(self) -> GroupState:
@@ -59,7 +66,10 @@ class TandemHub:
 
     def on_report(self, report: FromTandemEngine) -> None:
         """An engine says that it pauses, or that the others have left it."""
-        self._decided(self._waves.on_report(report))
+        if not isinstance(report, Broken):
+            self._decided(self._waves.on_report(report))
+        elif self.state.whole and report.generation == self.state.generation and self._breaking is None:
+            self._breaking = asyncio.get_running_loop().call_later(_DEATH_NOTICE_S, self._on_broken, report)
 
     def on_wake(self, wake: Wake) -> None:
         """A client has sent a request to an engine that pauses, for all it knows."""
@@ -71,12 +81,23 @@ class TandemHub:
         if wake is not None:
             self.on_wake(wake)
 
+    def end(self, error: Exception) -> None:
+        """The group will never be whole again, or nobody wants it any more: who waits for rest gets this error."""
+        self._ended = error
+        self._stop_breaking()
+        self._wake_waiters()
+
     # --- rest
 
     async def hold(self, holder: Hashable) -> None:
-        """Return when all engines are at rest, with or without work; until `release` they stay so."""
+        """Return when all engines are at rest, with or without work; until `release` they stay so.
+
+        Raises the error that `end` was called with.
+        """
         self._decided(self._waves.hold(holder))
         while not self._waves.at_rest:
+            if self._ended is not None:
+                raise fresh(self._ended)
             changed = asyncio.get_running_loop().create_future()
             self._waiters.add(changed)
             try:
@@ -100,9 +121,20 @@ class TandemHub:
 
     # --- what follows
 
+    def _on_broken(self, report: Broken) -> None:
+        self._breaking = None
+        self._decided(self._waves.on_report(report))
+
+    def _stop_breaking(self) -> None:
+        if self._breaking is not None:
+            self._breaking.cancel()
+            self._breaking = None
+
     def _decided(self, state: GroupState | None) -> None:
         if state is None:
             return
+        if not state.whole:
+            self._stop_breaking()
         if self._met and (not state.whole or state.generation != self._met):
             close_meeting(self._folder, self._met)
             self._met = 0
@@ -113,6 +145,9 @@ class TandemHub:
         self._own.on_group_state(state)
         self._tell_engines(state)
         self._tell_clients(state)
+        self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyncscale import AsyncScaleClient, Completion, EngineDeadError, ModelLoadError, SimulatedModel
+from asyncscale import AsyncScaleClient, ClientClosedError, Completion, EngineDeadError, ModelLoadError, SimulatedModel
 
 torch = pytest.importorskip("torch")
 
@@ -20,14 +20,15 @@ LONG = 3000
 ROUNDING = 1e-3  # a margin smaller than this decides nothing
 
 
-def make_model(seed: int, **config: Any) -> Any:
+def make_model(seed: int, architecture: str = "Llama", **config: Any) -> Any:
     import transformers
 
     sizes: dict[str, Any] = {
         "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
     }  # fmt: skip
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | config))).eval()
+    config_class = getattr(transformers, f"{architecture}Config")
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config_class(**(sizes | config))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -235,6 +236,17 @@ async def test_an_engine_that_missed_the_change_starts_again(tmp_path: Path, mon
             assert is_greedy(new, completion)
 
 
+@pytest.mark.parametrize("moments", [1, 20, 100])
+async def test_a_client_that_is_closed_meanwhile_ends_it(tmp_path: Path, moments: int) -> None:
+    path = save_tensors(make_model(1), tmp_path / "update.safetensors")
+    async with owner(save_base(make_model(0), tmp_path / "base")) as client:
+        updating = asyncio.ensure_future(client.update_weights(path))
+        for _ in range(moments):
+            await asyncio.sleep(0)
+    with pytest.raises(ClientClosedError):
+        await updating
+
+
 async def test_no_engine_is_left(tmp_path: Path) -> None:
     path = save_tensors(make_model(1), tmp_path / "update.safetensors")
     async with owner(save_base(make_model(0), tmp_path / "base"), num_engines=1, max_restarts=0) as client:
@@ -243,9 +255,27 @@ async def test_no_engine_is_left(tmp_path: Path) -> None:
             await client.update_weights(path)
 
 
-async def test_a_simulated_model_counts_versions(tmp_path: Path) -> None:
+async def test_engines_in_tandem_change_together(tmp_path: Path) -> None:
+    experts = {"architecture": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    old, new = make_model(0, **experts), make_model(1, **experts)
+    base = save_base(old, tmp_path / "base")
+    new.save_pretrained(tmp_path / "new")
+    async with owner(base, enable_expert_parallel=True) as client:
+        running = asyncio.ensure_future(generate(client, 500))
+        assert (await generate(client, 1)).weight_versions == (0,)
+        assert await client.update_weights(tmp_path / "new") == 1
+        completion = await running
+        assert completion.weight_versions == (0, 1)
+        change = margins(old, completion).index(False)
+        assert all(margins(new, completion)[change:])
+        for completion in await generate_everywhere(client):
+            assert is_greedy(new, completion)
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+async def test_a_simulated_model_counts_versions(tmp_path: Path, lockstep: bool) -> None:
     path = save_tensors(torch.nn.Linear(2, 2), tmp_path / "update.safetensors")
-    async with AsyncScaleClient(SimulatedModel(base_ms=1), num_engines=2) as client:
+    async with AsyncScaleClient(SimulatedModel(base_ms=1, lockstep=lockstep), num_engines=2) as client:
         running = client.generate("Hello", max_tokens=700, ignore_eos=True)
         tokens = aiter(running)
         await anext(tokens)

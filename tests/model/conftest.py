@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from random_models import random_model
 
 from asyncscale.config import CheckpointFiles, EngineConfig, EngineSpec
 from asyncscale.engine.batch import Batch, SequenceTable, StepResult
@@ -101,23 +100,8 @@ def weight_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    """A transformers model of random weights, large enough that its greedy output varies; keywords go to its config."""
-
-    def make(architecture: str, seed: int = 0, **config: object) -> Any:
-        sizes = {
-            "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        }  # fmt: skip
-        config_class = getattr(transformers, f"{architecture}Config")
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config_class(**(sizes | config))).eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
-        return model
-
-    return make
+    """See random_models.py."""
+    return random_model
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_tokens_and_logprobs_are_those_of_an_engine_with_all_experts(
             np.testing.assert_allclose(entries, whole.logprobs[i], atol=1e-5)
 
 
-@pytest.mark.parametrize("exchange", [0, 4, 8])
+@pytest.mark.parametrize("exchange", [0, 3, 5])
 def test_a_step_whose_exchange_fails_can_be_made_again(
     exchange: int,
     prompts: list[list[int]],
