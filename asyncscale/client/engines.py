@@ -100,8 +100,8 @@ class OwnedEngines:
             self._tandem = TandemHub(len(launch.places), folder, self.supervisor.tell_all, self._tell_clients)
             dispatcher.on_request_sent = self._tandem.request_sent
         self._calls = CollectiveCalls(dispatcher, self._tandem)
-        weights = WeightUpdates(self.model, self.supervisor, self._calls.start)
-        self._calls.own_methods["update_weights"] = weights.run
+        self._weights = WeightUpdates(self.model, self.supervisor, self._calls.start)
+        self._calls.own_methods["update_weights"] = self._weights.run
         try:
             self.supervisor.spawn()
             self._coordinator = Coordinator(
@@ -135,6 +135,11 @@ class OwnedEngines:
             if caller is not None and caller.cancelling():
                 raise
             raise ClientClosedError("the client was closed") from None
+
+    @property
+    def weight_version(self) -> int:
+        """How often the weights were changed."""
+        return self._weights.version
 
     def counts(self) -> Counts:
         """What engines have counted until now, and clients as far as they have said."""

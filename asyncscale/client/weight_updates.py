@@ -80,13 +80,14 @@ class WeightUpdates:
         updates = WeightUpdates(model, supervisor, call)
         results = await updates.run(args)               # what CollectiveCall is answered with
 
-    call: runs a method on every engine; with `lockstep`, between the same two steps of all.
+    version: of the weights in use. call: runs a method on every engine; with `lockstep`, between the same two steps of
+    all.
     """
 
     def __init__(self, model: ModelSource, starter: Starter, call: Callable[..., Awaitable[Results]]) -> None:
         self._base = model
         self._model = model  # with the updates
-        self._version = 0
+        self.version = 0
         self._kept: list[_Kept] = []
         self._starter = starter
         self._call = call
@@ -104,7 +105,7 @@ class WeightUpdates:
         return [messages.EngineResult(0, msgspec.Raw(messages.encoder.encode(version)))]
 
     async def _update(self, path: str, recompute: bool) -> int:
-        version, started = self._version + 1, time.monotonic()
+        version, started = self.version + 1, time.monotonic()
         kept, model = await self._next_model(path, version)
         try:
             await self._prepare(version, model)
@@ -117,7 +118,7 @@ class WeightUpdates:
         for old in self._kept:
             if old not in kept:
                 remove_copies(old.folder)
-        self._version, self._model, self._kept = version, model, kept
+        self.version, self._model, self._kept = version, model, kept
         now = time.monotonic()
         logger.info(
             "weights of version %d from %s: loaded in %.2f s, changed in %.3f s",
@@ -174,7 +175,7 @@ class WeightUpdates:
             if all(result.error is not None for result in results):
                 raise _nobody(results)
         except BaseException:
-            self._starter.use_weights(self._model, self._version)
+            self._starter.use_weights(self._model, self.version)
             raise
         for result in results:
             if result.error is not None and not result.died:

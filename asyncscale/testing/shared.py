@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from asyncscale.background import BackgroundLoop
+from asyncscale.client.engines import OwnedEngines
 from asyncscale.client.roster import EngineHealth
 from asyncscale.testing.clients import WatchedClient
 from asyncscale.testing.faults import is_stopped, resume_engine
@@ -122,6 +123,8 @@ class EnginePool:
     def _is_usable(self, shared: _Set) -> bool:
         if shared.starting.cancelled() or shared.starting.exception() is not None:
             return False
+        if _has_other_weights(shared.owner):
+            return False
         loop = self._running_loop()
         return loop.call(_is_good, shared.owner) or loop.run(_restore(shared.owner))
 
@@ -142,6 +145,12 @@ class EnginePool:
         if self._loop is None:
             self._loop = BackgroundLoop("asyncscale-testing")
         return self._loop
+
+
+def _has_other_weights(owner: WatchedClient) -> bool:
+    """Whether a test changed them: nothing brings those of the start back."""
+    engines = owner._engines
+    return isinstance(engines, OwnedEngines) and engines.weight_version > 0
 
 
 def _is_good(owner: WatchedClient) -> bool:
