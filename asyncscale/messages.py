@@ -17,7 +17,7 @@ from asyncscale.address import parse, shown
 from asyncscale.config import ModelSource
 from asyncscale.metrics.catalog import ENGINE_LAYOUT, REQUEST_LAYOUT
 from asyncscale.params import Sampling
-from asyncscale.tandem.messages import Broken, GroupState, Paused, Wake
+from asyncscale.tandem.messages import Broken, GroupState, Met, Paused, Wake
 
 PROTOCOL_VERSION = 1
 
@@ -322,7 +322,7 @@ class Logged(msgspec.Struct, frozen=True, array_like=True, tag="logged"):
     error: _LogText | None = None
 
 
-FromEngineProcess = Loading | Ready | Failed | Logged | Paused | Broken
+FromEngineProcess = Loading | Ready | Failed | Logged | Met | Paused | Broken
 
 
 class LogLevels(msgspec.Struct, frozen=True, array_like=True, tag="log-levels"):

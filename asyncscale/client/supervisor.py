@@ -25,7 +25,7 @@ from asyncscale.config import EngineConfig, EngineSpec, ModelSource, step_in_tan
 from asyncscale.engine.process import run_engine
 from asyncscale.errors import EngineError, EngineStartError, ModelLoadError
 from asyncscale.metrics import engine_counters
-from asyncscale.tandem.messages import Broken, FromTandemEngine, GroupState, Paused
+from asyncscale.tandem.messages import Broken, FromTandemEngine, GroupState, Met, Paused
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Supervisor:
                 self._logs.take(engine.engine_id, engine.pid, logged, starting=engine.facts is None)
             case messages.Failed() as failure:
                 engine.failure = failure  # raised when it has exited, with its exit code
-            case Paused() | Broken() as report if engine.facts is not None:
+            case Met() | Paused() | Broken() as report if engine.facts is not None:
                 self._on_report(report)
         return True
 

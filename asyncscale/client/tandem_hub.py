@@ -11,7 +11,7 @@ from asyncscale.client.exceptions import fresh
 from asyncscale.tandem.client import ClientWaves
 from asyncscale.tandem.coordinator import CoordinatorWaves
 from asyncscale.tandem.meeting import close_meeting, open_meeting
-from asyncscale.tandem.messages import Broken, FromTandemEngine, GroupState, Wake
+from asyncscale.tandem.messages import Broken, FromTandemEngine, GroupState, Met, Paused, Wake
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class TandemHub:
         self._tell_engines = tell_engines
         self._tell_clients = tell_clients
         self._met = 0  # the newest generation that a place to meet was made for
+        self._formed = 0  # the newest generation that the engines are in
         self._waiters: set[asyncio.Future[None]] = set()
         self._breaking: asyncio.TimerHandle | None = None
         self._ended: Exception | None = None
@@ -65,11 +66,16 @@ class TandemHub:
         self._decided(self._waves.engine_died(engine_id))
 
     def on_report(self, report: FromTandemEngine) -> None:
-        """An engine says that it pauses, or that the others have left it."""
-        if not isinstance(report, Broken):
-            self._decided(self._waves.on_report(report))
-        elif self.state.whole and report.generation == self.state.generation and self._breaking is None:
-            self._breaking = asyncio.get_running_loop().call_later(_DEATH_NOTICE_S, self._on_broken, report)
+        """An engine says that it has met the others, that it pauses, or that the others have left it."""
+        match report:
+            case Met(generation):
+                self._formed = max(self._formed, generation)
+                self._wake_waiters()
+            case Paused():
+                self._decided(self._waves.on_report(report))
+            case Broken(generation):
+                if self.state.whole and generation == self.state.generation and self._breaking is None:
+                    self._breaking = asyncio.get_running_loop().call_later(_DEATH_NOTICE_S, self._on_broken, report)
 
     def on_wake(self, wake: Wake) -> None:
         """A client has sent a request to an engine that pauses, for all it knows."""
@@ -95,7 +101,8 @@ class TandemHub:
         Raises the error that `end` was called with.
         """
         self._decided(self._waves.hold(holder))
-        while not self._waves.at_rest:
+        # Until they have met, engines may be in a step of an earlier generation, which fails, and answer in between.
+        while not (self._waves.at_rest and self._formed == self.state.generation):
             if self._ended is not None:
                 raise fresh(self._ended)
             changed = asyncio.get_running_loop().create_future()

@@ -78,9 +78,9 @@ class TandemCore:
         """What the coordinator has decided."""
         self._waves.on_group_state(state)
 
-    def follow(self) -> None:
-        """Join a new generation, if there is one; waits for the other engines."""
-        waves = self._waves
+    def follow(self) -> bool:
+        """Join a new generation, if there is one; waits for the other engines. Whether all have met there."""
+        waves, has_met = self._waves, False
         while (generation := waves.generation_to_join) is not None:
             try:
                 self._collectives.join(generation)
@@ -88,6 +88,8 @@ class TandemCore:
                 self._break(generation)
             else:
                 waves.joined(generation)
+                has_met = True
+        return has_met
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> dict[bytes, Outputs]:
         """As `EngineCore.step`, together with the other engines. One that fails has made nothing, and is made again.

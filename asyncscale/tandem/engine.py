@@ -71,6 +71,7 @@ class EngineWaves:
         """All engines have met under this number."""
         self.generation = generation
         self.wave = 0
+        self.num_steps = 0
         self._is_whole = True
         self._told = (generation, 0, False)  # goes without saying
         self._follow()

@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from asyncscale.messages import Outputs
-from asyncscale.tandem.messages import FromTandemEngine, GroupState
+from asyncscale.tandem.messages import FromTandemEngine, GroupState, Met
 
 if TYPE_CHECKING:
     from asyncscale.tandem.core import TandemCore
@@ -84,7 +84,8 @@ class GroupMember:
         """Do what the owner has said. When the group is formed anew, this waits for the other engines."""
         for state in self._mailbox.take():
             self._tandem.on_group_state(state)
-        self._tandem.follow()
+        if self._tandem.follow():
+            self._tell(Met(self._tandem.position[0]))
 
     def report(self) -> None:
         """Tell the owner what it must hear now, if anything."""

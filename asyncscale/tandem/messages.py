@@ -30,6 +30,12 @@ class GroupState(msgspec.Struct, frozen=True, array_like=True, tag="group-state"
     held: bool = False
 
 
+class Met(msgspec.Struct, frozen=True, array_like=True, tag="met"):
+    """Engine to its owner: all engines are in this generation, or enter it before they do anything else."""
+
+    generation: Number
+
+
 class Paused(msgspec.Struct, frozen=True, array_like=True, tag="paused"):
     """Engine to coordinator: it pauses before this wave, so all earlier ones have ended.
 
@@ -54,4 +60,4 @@ class Wake(msgspec.Struct, frozen=True, array_like=True, tag="wake"):
     wave: Number
 
 
-FromTandemEngine = Paused | Broken
+FromTandemEngine = Met | Paused | Broken

@@ -19,6 +19,7 @@ from asyncscale import (
     transport,
 )
 from asyncscale.client import engines as engines_module
+from asyncscale.client.collective_calls import CollectiveCalls
 from asyncscale.client.loop_socket import LoopSocket
 
 MakeFleet = Callable[[int], Awaitable[Any]]
@@ -204,3 +205,37 @@ async def test_an_owner_that_goes_without_an_answer_ends_the_attaching_at_once(
     async with asyncio.timeout(10):
         with pytest.raises(AsyncScaleError, match="its owner died"):
             await AsyncScaleClient.attach(owner.address).start()
+
+
+# --- in lockstep
+
+
+async def test_an_owner_that_closes_ends_calls_that_wait_for_their_turn(make_fleet: MakeFleet) -> None:
+    fleet = await make_fleet(1)
+    fleet.engines[0].silent = True
+    calls = CollectiveCalls(fleet.dispatcher, None)
+    waiting = [asyncio.ensure_future(calls.start("profile", [], lockstep=True)) for _ in range(3)]
+    await fleet.until(lambda: len(fleet.engines[0].calls()) == 1)
+    assert fleet.engines[0].calls() == [("_hold_steps", [])]
+    calls.close(ClientClosedError("the client was closed"))
+    fleet.dispatcher.close(ClientClosedError("the client was closed"))
+    async with asyncio.timeout(10):
+        for call in waiting:
+            with pytest.raises(ClientClosedError):
+                await call
+    assert not calls._tasks
+
+
+async def test_engines_are_held_around_a_call_and_released_whatever_becomes_of_the_caller(
+    make_fleet: MakeFleet,
+) -> None:
+    fleet = await make_fleet(2)
+    calls = CollectiveCalls(fleet.dispatcher, None)
+    caller = asyncio.ensure_future(calls.start("profile", [], lockstep=True))
+    await asyncio.sleep(0)
+    caller.cancel()
+    results = await asyncio.gather(*(calls.start("profile", [], lockstep=True) for _ in range(2)))
+    assert [len(each) for each in results] == [2, 2]
+    for engine in fleet.engines:
+        await fleet.until(lambda engine=engine: len(engine.calls()) == 9)
+        assert [method for method, _ in engine.calls()] == ["_hold_steps", "profile", "_release_steps"] * 3

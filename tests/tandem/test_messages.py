@@ -6,13 +6,14 @@ import msgspec
 import pytest
 
 from asyncscale.messages import decode
-from asyncscale.tandem.messages import Broken, GroupState, Paused, Wake
+from asyncscale.tandem.messages import Broken, GroupState, Met, Paused, Wake
 
-Message = GroupState | Paused | Broken | Wake
+Message = GroupState | Met | Paused | Broken | Wake
 
 MESSAGES = [
     GroupState(),
     GroupState(7, 2, whole=True, wave=3, running=True, held=True),
+    Met(2),
     Paused(2, 3, True),
     Broken(2),
     Wake(2, 3),

@@ -177,11 +177,19 @@ class CountsStepsSinceItsOwnStart(EngineWaves):
 
     __slots__ = ()
 
+    def joined(self, generation: int) -> None:
+        num_steps = self.num_steps
+        super().joined(generation)
+        self._go_on(num_steps)
+
     def _follow(self) -> None:
         num_steps = self.num_steps
         super()._follow()
+        self._go_on(num_steps)
+
+    def _go_on(self, num_steps: int) -> None:
+        self.num_steps = num_steps
         if self.running:
-            self.num_steps = num_steps
             self._next_sync = num_steps + 1 + num_steps % 2
 
 
