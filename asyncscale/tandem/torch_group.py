@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -25,6 +27,9 @@ _OPERATION_TIMEOUT = timedelta(minutes=30)
 
 # For connecting, when all are known to be there. gloo tries five times, and does not notice that the other end is gone.
 _CONNECT_TIMEOUT = timedelta(seconds=5)
+
+# Within a layer the others come that soon, unless one is stopped or has lost its core.
+_YIELD_S = 0.002
 
 
 class TorchGroup:
@@ -89,7 +94,7 @@ class TorchGroup:
     def any(self, value: bool) -> bool:
         values = torch.tensor([value], dtype=torch.uint8)
         with self._waiting():
-            _present(self._gloo).allreduce([values], dist.ReduceOp.MAX).wait()
+            _wait(_present(self._gloo).allreduce([values], dist.ReduceOp.MAX))
         return bool(values.item())
 
     def all_to_all(self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]) -> None:
@@ -107,9 +112,11 @@ class TorchGroup:
                 f"{input_splits} add up to"
             )
         with self._waiting():
-            _present(self._nccl if self._device.type == "cuda" else self._gloo).alltoall_base(
-                output, input, output_splits, input_splits
-            ).wait()
+            _wait(
+                _present(self._nccl if self._device.type == "cuda" else self._gloo).alltoall_base(
+                    output, input, output_splits, input_splits
+                )
+            )
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -151,6 +158,21 @@ def _gloo_options() -> Any:
     options._timeout = _CONNECT_TIMEOUT
     options._threads = 1  # one operation at a time
     return options
+
+
+def _wait(work: Any) -> None:
+    """Return when it is done; for the first moments without sleeping.
+
+    A core that sleeps is slow to wake, and gloo's threads, which run on the core of the one that computes, may have to
+    wait for the end of its time slice. To yield lets them run, and whoever else wants the core.
+    """
+    deadline = time.monotonic() + _YIELD_S
+    try:
+        while not work.is_completed() and time.monotonic() < deadline:
+            os.sched_yield()
+        work.wait()
+    finally:
+        del work  # it holds the group, and what it raises would hold this frame
 
 
 def _present(group: Any) -> Any:
