@@ -113,8 +113,7 @@ async def test_tokens_are_those_of_transformers_however_requests_are_dealt_out(
     async with open_client(model, num_engines, spread=spread) as client:
         await check_all(client, model, engines=1)
         await check_all(client, model)
-        if num_engines == 2:
-            await check_one_after_the_other(client, model, num_engines)
+        await check_one_after_the_other(client, model, num_engines)
 
 
 async def test_engines_without_native_kernels_exchange_rows_as_well(
