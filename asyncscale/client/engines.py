@@ -169,7 +169,6 @@ class OwnedEngines:
                 spec.engine_id, spec.incarnation, engine.address, facts, load, last_error, spec.progress_path
             )
         )
-
         if self._tandem is not None:
             self._tandem.engine_joined(spec.engine_id)
 

@@ -26,9 +26,11 @@ class Computing(Protocol):
 class WeightUpdates:
     """What the owner calls for each version, by the names in `methods`::
 
-    updates.prepare_weights(1, model)           # returns at once
-    while not updates.prepared_weights(1).done: ...
-    updates.use_weights(1, recompute=True)      # or updates.drop_weights(1)
+        updates.prepare_weights(1, model)           # returns at once
+        while not updates.prepared_weights(1).done: ...
+        updates.use_weights(1, recompute=True)      # or updates.drop_weights(1)
+
+    runner: loads and takes them. computing: is told that it has.
     """
 
     def __init__(self, runner: Runner, computing: Computing) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_models import random_model
 
 from asyncscale import AsyncScaleClient, ClientClosedError, Completion, EngineDeadError, ModelLoadError, SimulatedModel
 
@@ -21,20 +22,7 @@ ROUNDING = 1e-3  # a margin smaller than this decides nothing
 
 
 def make_model(seed: int, architecture: str = "Llama", **config: Any) -> Any:
-    import transformers
-
-    sizes: dict[str, Any] = {
-        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-    }  # fmt: skip
-    config_class = getattr(transformers, f"{architecture}Config")
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config_class(**(sizes | config))).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
-    return model
+    return random_model(architecture, seed, max_position_embeddings=4096, **config)
 
 
 def save_base(model: Any, folder: Path) -> str:
